@@ -1,0 +1,18 @@
+"""Errors a user can mend, and the exit status that goes with each."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something outside the program is wrong (a file, a tensor, a disk): exit status 1.
+
+    The message is one line that names the thing to fix.
+    """
+
+    exit_status = 1
+
+
+class ConfigError(UserError):
+    """A command-line argument or configuration value is wrong: exit status 2."""
+
+    exit_status = 2

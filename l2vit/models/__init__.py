@@ -1,0 +1,1 @@
+"""Architectures, registered with timm on import."""
