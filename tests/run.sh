@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs the tests on a bare machine; arguments go to pytest (tests/run.sh tests/models -k window).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$(bash launch/install.sh requirements-dev.txt)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+if [ $# -eq 0 ]; then
+  # One worker a core; a file stays on one worker, so that module fixtures are made once.
+  set -- -n "$(nproc)" --dist loadfile
+fi
+exec "$python" -m pytest "$@"
