@@ -1,0 +1,1 @@
+"""Starting, watching and checking the ranks of a run."""

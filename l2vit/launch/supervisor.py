@@ -1,0 +1,191 @@
+"""Starts the ranks through ``deepspeed``, watches them, restarts them, and believes only DONE.
+
+DeepSpeed's launcher alone loses things: SIGTERM kills it and leaves its ranks running, and when
+its per-node part is killed it exits 0. So the ranks live in a session of their own, signals go
+to them directly, whatever is left of the session is ended, and success is the file ``DONE`` in
+the run directory.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from l2vit import cli
+from l2vit.launch import command, processes, progress
+
+STOPPED = 75
+"""Exit status of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)."""
+WRONG_CONFIGURATION = 2
+DEATH_GRACE = 60.0
+"""Seconds the other ranks have to end by themselves once one has died."""
+POLL = 0.25
+LONGEST_PAUSE = 600.0
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m l2vit.launch SCRIPT ARGS``; returns the exit status."""
+    return cli.run(lambda: _main(argv), program=f"launch/{Path(argv[0]).name}")
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = command.parse(argv)
+    launch = command.build(options)
+    supervisor = Supervisor(
+        run_dir=launch.run_dir,
+        max_restarts=options.max_restarts,
+        backoff=options.backoff,
+        stop_grace=options.stop_grace,
+        remote=launch.remote,
+    )
+    if options.preflight:
+        return supervisor.run_once(launch.argv, launch.environment)
+    return supervisor.run(launch.argv, launch.environment)
+
+
+@dataclass
+class Supervisor:
+    """Runs one job to its end, however often its ranks have to be started."""
+
+    run_dir: Path
+    max_restarts: int = 0
+    backoff: float = 10.0
+    """Seconds before the first restart; doubled each time, at most ``LONGEST_PAUSE``."""
+    stop_grace: float = 300.0
+    """Seconds a signalled job has to save before it is killed."""
+    remote: bool = False
+    """Ranks on other hosts through ssh: signals go to ``deepspeed``, which passes them on."""
+    _signals: list[int] = field(default_factory=list)
+
+    def run(self, argv: Sequence[str], environment: dict[str, str]) -> int:
+        """Start the ranks until the run is done, stopped, or not worth another start.
+
+        Returns:
+            0 when ``DONE`` is there, 2 for a wrong configuration, 75 when a signal stopped the
+            run and it can be continued, otherwise 1.
+        """
+        for number in _FORWARDED:
+            signal.signal(number, self._on_signal)
+        failures: list[progress.Reached] = []
+        for attempt in range(self.max_restarts + 1):
+            status = self._attempt(argv, environment)
+            if status in (0, STOPPED, WRONG_CONFIGURATION):
+                return status
+            failures.append(progress.reached(self.run_dir))
+            if attempt == self.max_restarts:
+                break
+            if why := hopeless(failures):
+                self._say(f"{why}; not restarting")
+                return 1
+            pause = min(self.backoff * 2**attempt, LONGEST_PAUSE)
+            self._say(
+                f"failed at {failures[-1]}; restart {attempt + 1} of {self.max_restarts} in {pause:g} s"
+            )
+            if not self._pause(pause):
+                return STOPPED
+        return 1
+
+    def run_once(self, argv: Sequence[str], environment: dict[str, str]) -> int:
+        """Start the ranks for something that is not a run (preflight); its status counts."""
+        for number in _FORWARDED:
+            signal.signal(number, self._on_signal)
+        return 0 if self._start(argv, environment) == 0 else 1
+
+    def _attempt(self, argv: Sequence[str], environment: dict[str, str]) -> int:
+        started = time.time()
+        status = self._start(argv, environment)
+        if status == WRONG_CONFIGURATION:
+            return status
+        if (self.run_dir / "DONE").exists():
+            return 0
+        if self._signals:
+            return self._stopped_status(status, since=started)
+        if status == STOPPED:  # another node's supervisor was signalled, and the ranks agreed
+            return STOPPED
+        if status == 0:
+            self._say(f"the launcher reports success but {self.run_dir / 'DONE'} is missing")
+        else:
+            self._say(f"the ranks ended with status {status}; the first error above says why")
+        return 1
+
+    def _stopped_status(self, status: int, *, since: float) -> int:
+        """After a signal: 75 if the run can be continued with nothing lost that was promised."""
+        by_signal = status <= 0 or status > 128
+        if status == STOPPED or progress.saved_since(self.run_dir, since):
+            return STOPPED
+        if by_signal:  # before the ranks were ready to catch it: nothing to save yet
+            self._say("stopped before training began; nothing was saved")
+            return STOPPED
+        self._say(f"stopped by a signal, but the ranks failed to save (status {status})")
+        return 1
+
+    def _start(self, argv: Sequence[str], environment: dict[str, str]) -> int:
+        process = subprocess.Popen(argv, env=environment, start_new_session=True)
+        session = process.pid
+        try:
+            return self._watch(process, session)
+        finally:
+            left = processes.end_session(session, grace=5.0)
+            if left:
+                self._say(f"ended {left} process(es) the launcher had left behind")
+
+    def _watch(self, process: subprocess.Popen[bytes], session: int) -> int:
+        forwarded, most_ranks, deadline = len(self._signals), 0, float("inf")
+        while process.poll() is None:
+            now = time.monotonic()
+            if len(self._signals) > forwarded:
+                first = forwarded == 0
+                forwarded = len(self._signals)
+                self._forward(process, session)
+                deadline = min(deadline, now + (self.stop_grace if first else 5.0))
+            alive = len(processes.ranks(session))
+            most_ranks = max(most_ranks, alive)
+            if 0 < alive < most_ranks:
+                deadline = min(deadline, now + DEATH_GRACE)
+            if now > deadline:
+                self._say("the ranks did not end in time; killing them")
+                processes.end_session(session, grace=0.0)
+                process.wait()
+                break
+            time.sleep(POLL)
+        return process.returncode
+
+    def _forward(self, process: subprocess.Popen[bytes], session: int) -> None:
+        number = self._signals[-1]
+        self._say(f"{signal.Signals(number).name} received; passing it to the ranks")
+        pids = [] if self.remote else processes.ranks(session)
+        if pids:
+            processes.send(pids, signal.SIGTERM)
+        elif self.remote:
+            process.send_signal(signal.SIGTERM)
+        else:  # still starting: there is nothing to save
+            processes.end_session(session, grace=5.0)
+
+    def _pause(self, seconds: float) -> bool:
+        """Sleep; False when a signal came instead."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._signals:
+            time.sleep(min(POLL, seconds))
+        return not self._signals
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def _say(self, message: str) -> None:
+        print(f"[launch] {message}", file=sys.stderr, flush=True)
+
+
+def hopeless(failures: Sequence[progress.Reached]) -> str:
+    """Why another start would only repeat the last ones; empty if it may help."""
+    if len(failures) >= 2 and failures[-1].step == failures[-2].step:
+        return f"failed twice at step {failures[-1].step}: no passing fault"
+    if len(failures) >= 3 and failures[-1].saved == failures[-3].saved:
+        return f"failed three times without a checkpoint after step {failures[-1].saved}"
+    return ""
