@@ -1,1 +1,3 @@
 """Architectures, registered with timm on import."""
+
+from l2vit.models import registry as registry

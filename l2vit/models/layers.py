@@ -1,0 +1,309 @@
+"""The parts of L²ViT (and of the hosts beside it), on feature maps of shape (B, H, W, C).
+
+A (B, H, W, C) tensor is the channels-last picture that convolutions like, the row-major matrix that
+linear layers like and the layout LayerNorm likes: nothing is copied between them. Attention takes
+tokens (B, N, C), a free view of the same memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2vit.models.depthwise import DepthwiseConv
+
+HEAD_WIDTH = 32
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+MlpKind = Literal["plain", "pvt2", "local"]
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """(B, H, W, C) seen as (B, C, H, W) in channels-last memory, without a copy."""
+    return x.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    """(B, C, H, W) seen as (B, H, W, C); contiguous if ``x`` is channels-last."""
+    return x.permute(0, 2, 3, 1)
+
+
+_frozen_statistics = False
+
+
+@contextlib.contextmanager
+def frozen_statistics() -> Iterator[None]:
+    """Inside, training batches leave BatchNorm2d's running statistics as they are."""
+    global _frozen_statistics
+    before, _frozen_statistics = _frozen_statistics, True
+    try:
+        yield
+    finally:
+        _frozen_statistics = before
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that computes in, and keeps its running statistics in, fp32.
+
+    Works whatever the precision of its weights and input (bf16 parameters under DeepSpeed, fp16,
+    ``model.bfloat16()``); float64 stays float64. Input and output (B, C, H, W).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        half = input.dtype in LOW_PRECISION or self.weight.dtype in LOW_PRECISION
+        use_batch = self.training or not self.track_running_stats
+        update = self.training and self.track_running_stats and not _frozen_statistics
+        known = update or not use_batch
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        # The kernels take a half-precision input beside fp32 statistics and weights as it is.
+        return F.batch_norm(
+            input,
+            self.running_mean if known else None,
+            self.running_var if known else None,
+            self.weight.float() if half else self.weight,
+            self.bias.float() if half else self.bias,
+            use_batch,
+            momentum,
+            self.eps,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm2d:
+        before = (self.running_mean, self.running_var)
+        super()._apply(fn, recurse)
+        for name, old in zip(("running_mean", "running_var"), before, strict=True):
+            new = getattr(self, name)
+            if old is not None and new is not None and new.dtype in LOW_PRECISION:
+                setattr(self, name, old.detach().to(new.device, torch.float32))
+        return self
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside, operations keep the precision of their inputs. Nothing to do where it is off
+    already, which keeps the meta device and the exporters out of it."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+class ConditionalPosition(nn.Module):
+    """CPE (Sec. 4.3): ``x + depthwise 3×3 conv(x)``, with bias; (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv(dim, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class LocalConcentration(nn.Module):
+    """LCM (eq. 6, 7): depthwise conv, GELU, BatchNorm, depthwise conv; (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.conv1 = DepthwiseConv(dim, kernel_size)
+        self.norm = BatchNorm2d(dim)
+        self.conv2 = DepthwiseConv(dim, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = to_nchw(F.gelu(self.conv1(x)))
+        return self.conv2(to_nhwc(self.norm(x)))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear on the last dimension; the other kinds need (B, H, W, C).
+
+    Args:
+        dim: channels in and out.
+        hidden: channels between the two linear layers.
+        kind: plain; pvt2 puts a depthwise 3×3 conv before the GELU (Fig. 4 middle); local has
+            BatchNorm and GELU after the first linear layer and again after the conv (Fig. 4 right).
+    """
+
+    def __init__(self, dim: int, hidden: int, kind: MlpKind = "plain") -> None:
+        super().__init__()
+        self.kind = kind
+        self.fc1 = nn.Linear(dim, hidden)
+        self.norm1 = BatchNorm2d(hidden) if kind == "local" else None
+        self.conv = DepthwiseConv(hidden, 3) if kind != "plain" else None
+        self.norm2 = BatchNorm2d(hidden) if kind == "local" else None
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.norm1 is not None:
+            x = F.gelu(to_nhwc(self.norm1(to_nchw(x))))
+        if self.conv is not None:
+            x = self.conv(x)
+        if self.norm2 is not None:
+            x = to_nhwc(self.norm2(to_nchw(x)))
+        return self.fc2(F.gelu(x))
+
+
+def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
+    """Zero-pad (B, H, W, C) on the bottom and right until H, W are multiples of the sizes."""
+    bottom, right = -x.shape[1] % height, -x.shape[2] % width
+    if torch.compiler.is_exporting() or bottom or right:
+        return F.pad(x, (0, 0, 0, right, 0, bottom))
+    return x
+
+
+def window_partition(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W, C) to windows (B·H/height·W/width, height·width, C), row-major; sizes divide."""
+    b, h, w, c = x.shape
+    x = x.view(b, h // height, height, w // width, width, c).transpose(2, 3)
+    return x.reshape(-1, height * width, c)
+
+
+def window_merge(windows: Tensor, height: int, width: int, h: int, w: int) -> Tensor:
+    """Windows of :func:`window_partition` back to the (B, h, w, C) they came from."""
+    c = windows.shape[-1]
+    x = windows.view(-1, h // height, w // width, height, width, c).transpose(2, 3)
+    return x.reshape(-1, h, w, c)
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention (eq. 1) over tokens (B, N, C), fused where PyTorch can.
+
+    Args:
+        dim: C.
+        num_heads: divides ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention before the output projection, (B, N, C); ``bias`` is added to the scaled
+        scores and broadcasts to (B, heads, N, N)."""
+        b, n, c = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return out.transpose(1, 2).reshape(b, n, c)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.proj(self.attend(x, bias))
+
+
+class WindowAttention(SoftmaxAttention):
+    """Softmax attention inside non-overlapping windows of a (B, H, W, C) feature map.
+
+    A map that the window does not divide is zero-padded on the bottom and right; the padding takes
+    part in the softmax, then is cropped (the released weights were trained so).
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int = 7) -> None:
+        super().__init__(dim, num_heads)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        h, w, size = x.shape[1], x.shape[2], self.window_size
+        x = pad_to_multiple(x, size, size)
+        padded_h, padded_w = x.shape[1], x.shape[2]
+        x = super().forward(window_partition(x, size, size), bias)
+        x = window_merge(x, size, size, padded_h, padded_w)
+        if torch.compiler.is_exporting() or (padded_h, padded_w) != (h, w):
+            x = x[:, :h, :w].contiguous()
+        return x
+
+
+class LinearAttention(nn.Module):
+    """Multi-head linear attention with ReLU features (eq. 4, Sec. 4.1, 4.2) on (B, N, C).
+
+    Per head: ``out = s · q (kᵀ v) / max(q · Σ k, clamp)`` with q, k after ReLU. kᵀ v and the
+    denominator are accumulated in fp32 whatever the input's precision.
+
+    Args:
+        dim: C.
+        num_heads: divides ``dim``.
+        use_scale: learn s, one factor per head, initially ``head_width^-0.5``; else s = 1.
+        clamp: lower bound of the denominator (Table 10).
+        order: auto multiplies q kᵀ first when N < head width (Sec. 11); the result is the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        use_scale: bool = True,
+        clamp: float = 100.0,
+        order: Literal["auto", "kv", "qk"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_width = dim // num_heads
+        self.clamp = clamp
+        self.order = order
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.scale = (
+            nn.Parameter(torch.full((num_heads, 1, 1), self.head_width**-0.5))
+            if use_scale
+            else None
+        )
+        self.observer: Callable[[Tensor], None] | None = None
+        """Called in every forward with the unclamped fp32 denominators (B, heads, N, 1)."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """relu(q), relu(k), v, each (B, heads, N, head width)."""
+        b, n, _ = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return F.relu(q), F.relu(k), v
+
+    def _factor(self, q: Tensor, k: Tensor) -> Tensor:
+        """s / denominator, (B, heads, N, 1), at least fp32."""
+        accurate = torch.float64 if q.dtype == torch.float64 else torch.float32
+        total = k.sum(2, keepdim=True, dtype=accurate).transpose(2, 3)
+        denominator = q.to(accurate) @ total
+        if self.observer is not None:
+            self.observer(denominator.detach())
+        scale = 1.0 if self.scale is None else self.scale.to(accurate)
+        return scale / denominator.clamp(min=self.clamp)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention before the output projection, (B, N, C)."""
+        b, n, c = x.shape
+        q, k, v = self.project(x)
+        dtype = v.dtype
+        with without_autocast(x):
+            factor = self._factor(q, k)
+            if dtype in LOW_PRECISION:
+                q, k, v = q.float(), k.float(), v.float()
+            if self._multiply_qk_first(n):
+                out = (q @ k.transpose(2, 3)) @ v
+            else:
+                out = q @ (k.transpose(2, 3) @ v)
+            out = (out * factor).to(dtype)
+        return out.transpose(1, 2).reshape(b, n, c)
+
+    def _multiply_qk_first(self, tokens: int) -> bool:
+        if self.order != "auto":
+            return self.order == "qk"
+        return not torch.compiler.is_exporting() and tokens < self.head_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attend(x))
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor) -> Tensor:
+        """The weights that each token gives to each other, (B, heads, N, N), for pictures."""
+        q, k, _ = self.project(x)
+        return (q @ k.transpose(2, 3)) * self._factor(q, k)
