@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models._features import feature_take_indices
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from l2vit.models.layers import (
     HEAD_WIDTH,
@@ -22,11 +19,11 @@ from l2vit.models.layers import (
     Mlp,
     MlpKind,
     WindowAttention,
-    frozen_statistics,
     pad_to_multiple,
     to_nchw,
     to_nhwc,
 )
+from l2vit.models.pyramid import Pyramid, Stage
 
 StemKind = Literal["conv", "conv4", "patch"]
 MixerKind = Literal["linear", "window"]
@@ -132,31 +129,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
-    """Down-sampling (none in the first stage), then blocks; recomputes blocks if asked to."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=_recompute_contexts)
-            else:
-                x = block(x)
-        return x
-
-
-def _recompute_contexts() -> tuple[Any, Any]:
-    """The second forward of a checkpointed block must not count in BatchNorm's statistics."""
-    return contextlib.nullcontext(), frozen_statistics()
-
-
-class L2ViT(nn.Module):
+class L2ViT(Pyramid):
     """Image (B, in_chans, H, W) of any size to logits (B, num_classes).
 
     Args:
@@ -199,22 +172,9 @@ class L2ViT(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.output_fmt = "NHWC"
-        self.img_size = _pair(img_size)
         dims = [embed_dim * 2**stage for stage in range(len(depths))]
-        self.num_features = dims[-1]
-        self.head_hidden_size = head_hidden or dims[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"}
-            for stage, dim in enumerate(dims)
-        ]
-
-        self.stem = Stem(in_chans, embed_dim, stem)
         rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stages = nn.ModuleList()
+        stages = []
         for stage, dim in enumerate(dims):
             heads = dim // HEAD_WIDTH
             blocks = []
@@ -241,48 +201,22 @@ class L2ViT(nn.Module):
                 if stage
                 else nn.Identity()
             )
-            self.stages.append(Stage(down, blocks))
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
-        self.project: nn.Module = (
-            nn.Sequential(nn.Linear(dims[-1], head_hidden), nn.ReLU())
-            if head_hidden
-            else nn.Identity()
-        )
-        self.head = ClassifierHead(
-            self.head_hidden_size, num_classes, global_pool, drop_rate, input_fmt="NHWC"
+            stages.append(Stage(down, blocks))
+        width = head_hidden or dims[-1]
+        super().__init__(
+            stem=Stem(in_chans, embed_dim, stem),
+            stages=stages,
+            dims=dims,
+            norm=nn.LayerNorm(dims[-1]),
+            project=(
+                nn.Sequential(nn.Linear(dims[-1], head_hidden), nn.ReLU()) if head_hidden else None
+            ),
+            head=ClassifierHead(width, num_classes, global_pool, drop_rate, input_fmt="NHWC"),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            img_size=img_size,
         )
         self.apply(_init_weights)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names exempt from weight decay although they have more than one dimension: none."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns from which timm groups parameters by depth (layer decay)."""
-        fine = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(norm|project)", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes`` (0: none); ``global_pool`` "avg", "max", ... or ""."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
 
     def set_input_size(
         self,
@@ -291,80 +225,11 @@ class L2ViT(nn.Module):
     ) -> None:
         """Change the intended input size and the window; no parameter changes shape."""
         if img_size is not None:
-            self.img_size = _pair(img_size)
+            self.img_size = to_2tuple(img_size)
         if window_size is not None:
             for module in self.modules():
                 if isinstance(module, WindowAttention):
                     module.window_size = window_size
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Final features and the outputs of the stages ``indices`` (all if None, last n if int).
-
-        Args:
-            norm: apply the final norm to the last stage's output.
-            stop_early: leave out the stages after the last index.
-            output_fmt: NCHW or NHWC, of the intermediates; the final features are NHWC.
-            intermediates_only: return the list alone.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is neither NCHW nor NHWC")
-        take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        for index, stage in enumerate(self.stages):
-            if stop_early and index > last:
-                break
-            x = stage(x)
-            if index in take:
-                y = self.norm(x) if norm and index == len(self.stages) - 1 else x
-                intermediates.append(to_nchw(y) if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return intermediates
-        if not stop_early or last == len(self.stages) - 1:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop what the intermediates ``indices`` do not need; returns the indices kept."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        if prune_norm or last < len(self.stages) - 1:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.project = nn.Identity()
-            self.reset_classifier(0, "")
-        self.stages = self.stages[: last + 1]
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised features of the last stage, (B, H/32, W/32, C)."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to logits, or to the pooled (B, head_hidden_size) before the classifier."""
-        return self.head(self.project(x), pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _init_weights(module: nn.Module) -> None:
