@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -223,8 +223,8 @@ class WindowAttention(SoftmaxAttention):
         return x
 
 
-class LinearAttention(nn.Module):
-    """Multi-head linear attention with ReLU features (eq. 4, Sec. 4.1, 4.2) on (B, N, C).
+class LinearCore(nn.Module):
+    """Linear attention with ReLU features (eq. 4, Sec. 4.1, 4.2), without its projections.
 
     Per head: ``out = s · q (kᵀ v) / max(q · Σ k, clamp)`` with q, k after ReLU. kᵀ v and the
     denominator are accumulated in fp32 whatever the input's precision.
@@ -251,8 +251,6 @@ class LinearAttention(nn.Module):
         self.head_width = dim // num_heads
         self.clamp = clamp
         self.order = order
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
         self.scale = (
             nn.Parameter(torch.full((num_heads, 1, 1), self.head_width**-0.5))
             if use_scale
@@ -260,13 +258,6 @@ class LinearAttention(nn.Module):
         )
         self.observer: Callable[[Tensor], None] | None = None
         """Called in every forward with the unclamped fp32 denominators (B, heads, N, 1)."""
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """relu(q), relu(k), v, each (B, heads, N, head width)."""
-        b, n, _ = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.relu(q), F.relu(k), v
 
     def _factor(self, q: Tensor, k: Tensor) -> Tensor:
         """s / denominator, (B, heads, N, 1), at least fp32."""
@@ -278,26 +269,47 @@ class LinearAttention(nn.Module):
         scale = 1.0 if self.scale is None else self.scale.to(accurate)
         return scale / denominator.clamp(min=self.clamp)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention before the output projection, (B, N, C)."""
-        b, n, c = x.shape
-        q, k, v = self.project(x)
+    def combine(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Weighted sum of v (B, heads, n, d) with q, k after ReLU; (B, heads, N, d)."""
         dtype = v.dtype
-        with without_autocast(x):
+        with without_autocast(v):
             factor = self._factor(q, k)
             if dtype in LOW_PRECISION:
                 q, k, v = q.float(), k.float(), v.float()
-            if self._multiply_qk_first(n):
+            if self._multiply_qk_first(k.shape[2]):
                 out = (q @ k.transpose(2, 3)) @ v
             else:
                 out = q @ (k.transpose(2, 3) @ v)
-            out = (out * factor).to(dtype)
-        return out.transpose(1, 2).reshape(b, n, c)
+            return (out * factor).to(dtype)
 
     def _multiply_qk_first(self, tokens: int) -> bool:
         if self.order != "auto":
             return self.order == "qk"
         return not torch.compiler.is_exporting() and tokens < self.head_width
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """What each query gives each key, (B, heads, N, n), with q, k after ReLU."""
+        return (q @ k.transpose(2, 3)) * self._factor(q, k)
+
+
+class LinearAttention(LinearCore):
+    """Multi-head enhanced linear attention on (B, N, C); arguments as :class:`LinearCore`."""
+
+    def __init__(self, dim: int, num_heads: int, **core: Any) -> None:
+        super().__init__(dim, num_heads, **core)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """relu(q), relu(k), v, each (B, heads, N, head width)."""
+        b, n, _ = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return F.relu(q), F.relu(k), v
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention before the output projection, (B, N, C)."""
+        return self.combine(*self.project(x)).transpose(1, 2).reshape(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attend(x))
@@ -306,4 +318,4 @@ class LinearAttention(nn.Module):
     def attention_map(self, x: Tensor) -> Tensor:
         """The weights that each token gives to each other, (B, heads, N, N), for pictures."""
         q, k, _ = self.project(x)
-        return (q @ k.transpose(2, 3)) * self._factor(q, k)
+        return self.weights(q, k)
