@@ -29,11 +29,6 @@ def reached(run_dir: Path) -> Reached:
     return Reached(step=max(saved, _last_recorded(run_dir / "metrics.jsonl")), saved=saved)
 
 
-def saved_since(run_dir: Path, moment: float) -> bool:
-    """Whether a complete checkpoint was written after ``moment`` (seconds since the epoch)."""
-    return any((path / COMPLETE).stat().st_mtime >= moment for path in _complete(run_dir))
-
-
 def _complete(run_dir: Path) -> list[Path]:
     found = run_dir.glob(f"checkpoints/step-*/{COMPLETE}")
     return [path.parent for path in found if path.parent.name[5:].isdigit()]

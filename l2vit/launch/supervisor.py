@@ -63,6 +63,8 @@ class Supervisor:
     remote: bool = False
     """Ranks on other hosts through ssh: signals go to ``deepspeed``, which passes them on."""
     _signals: list[int] = field(default_factory=list)
+    _saved_before: int = 0
+    """Step of the last complete checkpoint when the signal came."""
 
     def run(self, argv: Sequence[str], environment: dict[str, str]) -> int:
         """Start the ranks until the run is done, stopped, or not worth another start.
@@ -79,15 +81,14 @@ class Supervisor:
             if status in (0, STOPPED, WRONG_CONFIGURATION):
                 return status
             failures.append(progress.reached(self.run_dir))
-            if attempt == self.max_restarts:
+            if attempt == self.max_restarts or self._signals:
                 break
             if why := hopeless(failures):
                 self._say(f"{why}; not restarting")
                 return 1
             pause = min(self.backoff * 2**attempt, LONGEST_PAUSE)
-            self._say(
-                f"failed at {failures[-1]}; restart {attempt + 1} of {self.max_restarts} in {pause:g} s"
-            )
+            again = f"restart {attempt + 1} of {self.max_restarts} in {pause:g} s"
+            self._say(f"failed at {failures[-1]}; {again}")
             if not self._pause(pause):
                 return STOPPED
         return 1
@@ -99,14 +100,13 @@ class Supervisor:
         return 0 if self._start(argv, environment) == 0 else 1
 
     def _attempt(self, argv: Sequence[str], environment: dict[str, str]) -> int:
-        started = time.time()
         status = self._start(argv, environment)
         if status == WRONG_CONFIGURATION:
             return status
         if (self.run_dir / "DONE").exists():
             return 0
         if self._signals:
-            return self._stopped_status(status, since=started)
+            return self._stopped_status(status)
         if status == STOPPED:  # another node's supervisor was signalled, and the ranks agreed
             return STOPPED
         if status == 0:
@@ -115,10 +115,10 @@ class Supervisor:
             self._say(f"the ranks ended with status {status}; the first error above says why")
         return 1
 
-    def _stopped_status(self, status: int, *, since: float) -> int:
+    def _stopped_status(self, status: int) -> int:
         """After a signal: 75 if the run can be continued with nothing lost that was promised."""
         by_signal = status <= 0 or status > 128
-        if status == STOPPED or progress.saved_since(self.run_dir, since):
+        if status == STOPPED or progress.reached(self.run_dir).saved > self._saved_before:
             return STOPPED
         if by_signal:  # before the ranks were ready to catch it: nothing to save yet
             self._say("stopped before training began; nothing was saved")
@@ -137,7 +137,7 @@ class Supervisor:
                 self._say(f"ended {left} process(es) the launcher had left behind")
 
     def _watch(self, process: subprocess.Popen[bytes], session: int) -> int:
-        forwarded, most_ranks, deadline = len(self._signals), 0, float("inf")
+        forwarded, most_ranks, deadline = 0, 0, float("inf")
         while process.poll() is None:
             now = time.monotonic()
             if len(self._signals) > forwarded:
@@ -159,6 +159,7 @@ class Supervisor:
 
     def _forward(self, process: subprocess.Popen[bytes], session: int) -> None:
         number = self._signals[-1]
+        self._saved_before = progress.reached(self.run_dir).saved
         self._say(f"{signal.Signals(number).name} received; passing it to the ranks")
         pids = [] if self.remote else processes.ranks(session)
         if pids:
