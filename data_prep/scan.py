@@ -1,0 +1,195 @@
+"""Pass 1: go through one unit, clean every image, and remember the good ones."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.archives import Damaged
+from data_prep.clean import Good, Refused, clean
+from data_prep.options import Options
+from data_prep.records import FORMS, RECORD, REPAIRED, SPOOLED, Part, Workspace, key_hash
+from data_prep.sources import Raw, Unit, read_unit
+from l2vit import files
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
+_KEY_LIMIT = 80  # the tar header holds 100 bytes, extension included
+_THUMBNAIL = 96
+_THUMBNAILS = 3  # per reason and unit
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What every worker of pass 1 needs to know."""
+
+    options: Options
+    workspace: Workspace
+    labels: dict[str, int]
+
+
+def sample_key(class_id: str, member: str) -> str:
+    """Key of a sample: the member's stem, led by its class, in letters that no reader minds.
+
+    A dot would end the key for webdataset, a slash or ``..`` would be a path.
+    """
+    stem = member.rsplit(".", 1)[0] if "." in Path(member).name else member
+    stem = _UNSAFE.sub("_", stem.lstrip("./"))
+    prefix = _UNSAFE.sub("_", class_id)
+    if not stem.startswith(f"{prefix}_") and not stem.startswith("ILSVRC2012_val_"):
+        stem = f"{prefix}_{stem}"
+    if len(stem) > _KEY_LIMIT:
+        stem = f"{stem[: _KEY_LIMIT - 17]}-{hashlib.sha256(member.encode()).hexdigest()[:16]}"
+    return stem
+
+
+def scan_unit(scan: Scan, unit: Unit) -> int:
+    """Clean one unit; its part file appears when everything about it is on disk.
+
+    Returns:
+        Members seen.
+    """
+    path = scan.workspace.part(unit.number)
+    writer = _PartWriter(scan, unit)
+    spool_path = scan.workspace.spool(unit.number)
+    try:
+        for raw in read_unit(unit, scan.options.rules.max_bytes):
+            writer.take(raw)
+    except Damaged as error:
+        if unit.kind != "tar" or unit.label == unit.path:
+            raise
+        # One bad class archive inside a sound outer one must not stop the other 21,840.
+        writer.refuse(Raw("", unit.offset, unit.size, unit.class_id), "damaged-archive", str(error))
+    if writer.spooled:
+        with files.atomic_writer(spool_path) as stream:
+            stream.writelines(writer.spooled)
+    part = writer.part()
+    part.save(path)
+    return part.seen
+
+
+class _PartWriter:
+    def __init__(self, scan: Scan, unit: Unit) -> None:
+        self.scan, self.unit = scan, unit
+        self.rows: list[tuple[int, ...]] = []
+        self.text: list[bytes] = []
+        self.events: list[dict[str, Any]] = []
+        self.spooled: list[bytes] = []
+        self.seen = self._spool_place = self._text_place = 0
+        self._forms: Counter[str] = Counter()
+        self._thumbnails: Counter[str] = Counter()
+
+    def take(self, raw: Raw) -> None:
+        """Clean one member and note what became of it."""
+        if raw.class_id not in self.scan.labels:
+            return
+        self.seen += 1
+        if raw.problem:
+            self.refuse(raw, raw.problem, "")
+            return
+        try:
+            good = clean(raw.data, self.scan.options.rules)
+        except Refused as refusal:
+            self.refuse(raw, refusal.reason, refusal.detail)
+            return
+        self._forms[good.form] += 1
+        self._keep(raw, good)
+
+    def refuse(self, raw: Raw, reason: str, detail: str) -> None:
+        """Note that a member is left out."""
+        self._event("rejected", raw, [reason], detail)
+
+    def _keep(self, raw: Raw, good: Good) -> None:
+        key = sample_key(raw.class_id, raw.name)
+        digest = hashlib.sha256(good.data).digest()
+        flags = offset = 0
+        if good.data is not raw.data:
+            flags |= SPOOLED
+            offset = self._spool_place
+            self._spool_place += len(good.data)
+            self.spooled.append(good.data)
+        if good.repairs:
+            flags |= REPAIRED
+            self._event("repaired", raw, list(good.repairs), "", key=key, sha256_out=digest.hex())
+        text = f"{key}\t{raw.name}".encode("utf-8", "surrogateescape")
+        self.rows.append(
+            (
+                key_hash(self.scan.options.seed, "order", key),
+                int.from_bytes(digest[:8], "big"),
+                int.from_bytes(digest[8:16], "big"),
+                good.phash,
+                raw.offset,
+                offset,
+                self._text_place,
+                raw.size,
+                len(good.data),
+                self.unit.number,
+                len(self.rows),
+                self.scan.labels[raw.class_id],
+                min(good.width, 65535),
+                min(good.height, 65535),
+                len(text),
+                FORMS.index(good.form),
+                flags,
+            )
+        )
+        self.text.append(text)
+        self._text_place += len(text)
+
+    def _event(self, kind: str, raw: Raw, reasons: list[str], detail: str, **more: str) -> None:
+        event: dict[str, Any] = {
+            "kind": kind,
+            "row": len(self.rows) if kind == "repaired" else -1,
+            "source": self.unit.label,
+            "member": raw.name,
+            "class": raw.class_id,
+            "split": self.unit.split,
+            "reason": "+".join(reasons),
+            "detail": detail,
+            "bytes": raw.size,
+            "sha256": hashlib.sha256(raw.data).hexdigest() if raw.data else "",
+            **more,
+        }
+        self._thumbnails[event["reason"]] += 1
+        if raw.data and self._thumbnails[event["reason"]] <= _THUMBNAILS:
+            event["thumbnail"] = thumbnail(raw.data)
+        self.events.append(event)
+
+    def part(self) -> Part:
+        return Part(
+            np.array(self.rows, dtype=RECORD),
+            b"".join(self.text),
+            self.events,
+            self.seen,
+            dict(self._forms),
+        )
+
+
+def thumbnail(data: bytes) -> str:
+    """Base64 JPEG of what can be seen of an image, damaged or not; empty where nothing can."""
+    from PIL import ImageFile
+
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > 50_000_000:
+            return ""
+        image.draft("RGB", (_THUMBNAIL * 2, _THUMBNAIL * 2))
+        small = image.convert("RGB")
+        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        stream = io.BytesIO()
+        small.save(stream, "JPEG", quality=70)
+        return base64.b64encode(stream.getvalue()).decode()
+    except Exception:  # anything may be wrong with a refused file; a missing picture is fine
+        return ""
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

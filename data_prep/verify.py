@@ -1,0 +1,132 @@
+"""``verify``: does a shard directory still hold what its manifest says?"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.archives import Damaged, members, open_window
+from data_prep.clean import Refused, clean
+from data_prep.options import Rules
+from data_prep.pool import Progress, each
+from l2vit import files
+from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
+from l2vit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Checking:
+    """What every worker of a verification needs to know."""
+
+    directory: Path
+    manifest: Manifest
+    decode: float
+    """Share of the images decoded strictly, 0 … 1."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Result of one shard."""
+
+    shard: int
+    problem: str
+    """Empty where all is well."""
+    label_counts: np.ndarray
+    """int64 (classes,)."""
+
+
+def verify(directory: Path, *, decode: float, workers: int) -> tuple[Manifest, list[Finding]]:
+    """Check hashes, indexes, labels, counts, and the decodability of a share of the images.
+
+    Returns:
+        The manifest, and the findings that are problems (those about the whole directory have
+        shard −1).
+    """
+    manifest = Manifest.load(directory)
+    checking = Checking(directory, manifest, decode)
+    progress = Progress("verify", manifest.samples)
+    counts = np.zeros(len(manifest.classes), np.int64)
+    bad = []
+    for number, finding in each(check_shard, checking, range(len(manifest.shards)), workers):
+        samples = manifest.shards[number].samples
+        progress.add(samples, samples)
+        counts += finding.label_counts
+        if finding.problem:
+            bad.append(finding)
+    progress.finish()
+    if not bad and counts.tolist() != list(manifest.class_counts):
+        bad.append(Finding(-1, "labels in the shards disagree with class_counts", counts))
+    info = directory / "_info.json"
+    lengths = [shard.samples for shard in manifest.shards]
+    found = files.read_json(info, what="timm's shard list")
+    try:
+        stated = found["splits"][manifest.split]["shard_lengths"]
+    except (KeyError, TypeError):
+        stated = None
+    if stated != lengths:
+        bad.append(Finding(-1, f"{info} disagrees with the manifest", counts))
+    return manifest, sorted(bad, key=lambda finding: finding.shard)
+
+
+def check_shard(checking: Checking, number: int) -> Finding:
+    """Check one shard."""
+    shard = checking.manifest.shards[number]
+    counts = np.zeros(len(checking.manifest.classes), np.int64)
+    try:
+        problem = _problem(checking, shard, counts)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except (Damaged, UserError) as error:
+        problem = str(error)
+    if problem:
+        return Finding(number, f"{checking.directory / shard.name}: {problem}", counts * 0)
+    return Finding(number, "", counts)
+
+
+def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
+    tar, index = checking.directory / shard.name, checking.directory / shard.index_name
+    for path in (tar, index):
+        if not path.is_file():
+            return f"{path.name} is missing"
+    if tar.stat().st_size != shard.bytes:
+        return f"{tar.stat().st_size} bytes instead of {shard.bytes}"
+    if files.sha256_file(tar) != shard.sha256:
+        return "SHA-256 differs from the manifest"
+    if files.sha256_file(index) != shard.index_sha256:
+        return "SHA-256 of the index differs from the manifest"
+    lines = index.read_text().splitlines()
+    with open_window(tar) as stream:
+        entries = list(members(stream, shard.bytes, str(tar)))
+        if lines[:1] != [f"v1.2 {shard.samples}"] or len(entries) != 2 * shard.samples:
+            return "index, tar and manifest disagree on the number of samples"
+        for line, image, label in zip(lines[1:], entries[::2], entries[1::2], strict=True):
+            extension = image.name.rpartition(".")[2]
+            expected = (
+                f"{extension} {image.offset} {image.size} {image.name}"
+                f" cls {label.offset} {label.size} {label.name}"
+            )
+            if line != expected:
+                return f"index line of {image.name} does not point at it"
+            if label.name != f"{image.name.rpartition('.')[0]}.cls":
+                return f"{image.name} is followed by {label.name}"
+            stream.seek(label.offset)
+            text = stream.read(label.size)
+            if len(text) != LABEL_WIDTH or not text.isdigit() or int(text) >= len(counts):
+                return f"{label.name} holds {text[:20]!r}, no label of {len(counts)} classes"
+            counts[int(text)] += 1
+            if _chosen(image.name, checking.decode):
+                stream.seek(image.offset)
+                try:
+                    clean(stream.read(image.size), Rules(min_side=1))
+                except Refused as refusal:
+                    return f"{image.name} does not decode ({refusal.reason}: {refusal.detail})"
+    return ""
+
+
+def _chosen(name: str, share: float) -> bool:
+    """A stable sample, so that two verifications look at the same images."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
