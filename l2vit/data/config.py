@@ -42,6 +42,8 @@ class DataConfig:
     (host)."""
     prefetch: int = 2
     """Batches made ready ahead of the one in use."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs for the hardware decoder of a GPU that has one (dali)."""
     chunk: int = 256
     """Samples read in a run from one shard: larger suits network disks, smaller mixes better."""
     max_bad_samples: int = 100
@@ -52,6 +54,10 @@ class DataConfig:
         for name in ("input_size", "prefetch", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ConfigError(f"hw_decoder_load: {self.hw_decoder_load} is not in [0, 1]")
+        if self.max_bad_samples < 0:
+            raise ConfigError(f"max_bad_samples: {self.max_bad_samples} must not be negative")
         if self.threads < 0 or (self.threads == 0 and self.backend == "dali"):
             raise ConfigError(f"threads: {self.threads} is too few for backend {self.backend}")
 

@@ -1,0 +1,152 @@
+"""Samples that turn out unreadable during a run: replaced, recorded, and limited in number."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from l2vit.data.shards import BadSample, Sample, ShardReader
+from l2vit.errors import UserError
+
+LOG_NAME = "bad_samples.jsonl"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """One unusable sample: one line of ``bad_samples.jsonl``."""
+
+    sample_id: int
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass
+class Fetched(Generic[T]):
+    """Samples as they will be used, with those found bad on the way."""
+
+    ids: np.ndarray
+    """(n,) int64; differs from what was asked for where a sample was replaced."""
+    labels: np.ndarray
+    """(n,) int64, each the label stored with the sample in ``ids``."""
+    payloads: list[T]
+    bad: list[BadRecord]
+    complete: bool = True
+    """False if the limit was passed before every place was filled."""
+
+
+def fetch(
+    reader: ShardReader,
+    ids: np.ndarray,
+    accept: Callable[[Sample], T],
+    *,
+    following: Callable[[int], int],
+    limit: int,
+) -> Fetched[T]:
+    """Read samples, putting the next good one of the manifest in the place of each bad one.
+
+    Args:
+        reader: where samples come from.
+        ids: (n,) sample ids wanted.
+        accept: turns a sample into what is needed of it; raises BadSample to refuse it.
+        following: the sample that stands in for one.
+        limit: bad samples after which to give up.
+    """
+    used, labels, payloads = np.array(ids, np.int64), np.zeros(len(ids), np.int64), []
+    bad: dict[int, BadRecord] = {}
+    for place, wanted in enumerate(used.tolist()):
+        sample_id = wanted
+        while True:
+            try:
+                sample = reader.read(sample_id)
+                payloads.append(accept(sample))
+                break
+            except BadSample as error:
+                key, shard = reader.key(sample_id), reader.shard_name(sample_id)
+                bad[sample_id] = BadRecord(sample_id, key, shard, str(error))
+                sample_id = following(sample_id)
+                if len(bad) > limit or sample_id == wanted:  # too many, or none is good
+                    found = list(bad.values())
+                    return Fetched(used[:place], labels[:place], payloads, found, complete=False)
+        used[place], labels[place] = sample_id, sample.label
+    return Fetched(used, labels, payloads, list(bad.values()))
+
+
+class BadSampleLog:
+    """Counts different bad samples of a run and stops it past the limit.
+
+    Args:
+        path: JSON lines shared by the ranks of a run and kept when it resumes; None to only count.
+        rank: written into each line.
+        limit: most bad samples over all ranks that share ``path``.
+    """
+
+    def __init__(self, path: Path | None, *, rank: int, limit: int) -> None:
+        self._path, self._rank = path, rank
+        self.limit = limit
+        self._seen: set[int] = set()
+
+    def record(self, bad: list[BadRecord], *, complete: bool = True) -> None:
+        """Note samples found bad; ``complete`` tells whether all could be replaced.
+
+        Raises:
+            UserError: not complete, or more than the limit so far; names the last one.
+        """
+        if not bad:
+            return
+        fresh = [item for item in bad if item.sample_id not in self._seen]
+        self._seen.update(self._recorded() if fresh else ())
+        self._append([item for item in fresh if item.sample_id not in self._seen])
+        self._seen.update(item.sample_id for item in fresh)
+        if not complete or len(self._seen) > self.limit:
+            last = bad[-1]
+            where = f"; all are in {self._path}" if self._path else ""
+            raise UserError(
+                f"{len(self._seen)} unusable samples, more than data.max_bad_samples="
+                f"{self.limit}; the last on rank {self._rank}: {last.key} in {last.shard}"
+                f" ({last.reason}){where}; check the shards with `python -m data_prep verify`"
+            )
+
+    def _append(self, fresh: list[BadRecord]) -> None:
+        if self._path is None or not fresh:
+            return
+        lines = "".join(
+            json.dumps(
+                {
+                    "key": item.key,
+                    "shard": item.shard,
+                    "rank": self._rank,
+                    "sample_id": item.sample_id,
+                    "reason": item.reason,
+                }
+            )
+            + "\n"
+            for item in fresh
+        )
+        try:
+            # one write in append mode: lines of several ranks do not mix
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, lines.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def _recorded(self) -> set[int]:
+        if self._path is None or not self._path.exists():
+            return set()
+        seen = set()
+        for line in self._path.read_text().splitlines():
+            try:
+                seen.add(int(json.loads(line)["sample_id"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut off by a crash counts for nothing
+        return seen

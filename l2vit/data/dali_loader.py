@@ -1,0 +1,206 @@
+"""The DALI backend: decoding, cropping, resizing and flipping, on the GPU or the CPU.
+
+The only file that imports nvidia.dali. The host decides everything (which bytes, which box,
+whether to flip) and hands it over with the bytes; the graph only carries it out, so it is the
+same on both devices and has no state worth saving. Operations on pixels that must equal timm's
+come after the graph.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+
+from l2vit.data.plan import Work
+from l2vit.errors import UserError
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
+
+
+@dataclass
+class Feed:
+    """One batch on its way into the graph."""
+
+    work: Work
+    images: list[bytes]
+    boxes: np.ndarray
+    """(n, 4): top, left, height, width of the part to decode."""
+    sizes: np.ndarray
+    """(n, 2): height, width to resize that part to."""
+    windows: np.ndarray
+    """(n, 2): top, left of the S × S part of the result that is kept."""
+    flip: np.ndarray
+    """(n,) bool."""
+    extra: Any
+    """Whatever the caller wants back with the pixels."""
+
+
+class FeedMaker(Protocol):
+    """Makes feeds; ``strict`` asks for every image to be decoded once before it is handed over."""
+
+    def __call__(self, number: int, *, strict: bool) -> Feed: ...
+
+
+def build_graph(
+    source: Callable[[], tuple[Any, ...]],
+    *,
+    batch: int,
+    input_size: int,
+    interpolation: str,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+    hw_decoder_load: float = 0.65,
+) -> Pipeline:
+    """The graph; ``device_id`` None runs it on the CPU, else decoding is ``mixed``.
+
+    Args:
+        source: gives a batch: images, anchors, shapes, sizes, windows, flips.
+        batch: most images in a batch.
+        input_size: side S of what comes out, pixels.
+        interpolation: ``bicubic`` or ``bilinear``, antialiased as PIL's is.
+        threads: CPU threads of DALI.
+        prefetch: batches under way in the graph.
+        device_id: CUDA device, or None.
+        hw_decoder_load: share of the JPEGs for the hardware decoder of GPUs that have one.
+    """
+    from nvidia import dali
+
+    library: Any = dali  # its annotations lack what is made at run time
+    fn, types = library.fn, library.types
+    kinds = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+    mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
+
+    @library.pipeline_def(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
+    def graph() -> Any:
+        images, anchors, shapes, sizes, windows, flips = fn.external_source(
+            source=source,
+            num_outputs=6,
+            batch=True,
+            dtype=[types.UINT8, *[types.INT32] * 2, types.FLOAT, *[types.INT32] * 2],
+            ndim=[1, 1, 1, 1, 1, 0],
+        )
+        pictures = fn.decoders.image_slice(
+            images,
+            anchors,
+            shapes,
+            axes=[0, 1],
+            normalized_anchor=False,
+            normalized_shape=False,
+            output_type=types.RGB,
+            adjust_orientation=False,  # timm ignores EXIF, DALI would turn the picture
+            jpeg_fancy_upsampling=True,
+            **(mixed if device_id is not None else {}),
+        )
+        pictures = fn.resize(
+            pictures,
+            size=sizes,
+            interp_type=kinds[interpolation],
+            antialias=True,
+        )
+        pictures = fn.slice(
+            pictures,
+            start=windows,
+            shape=[input_size, input_size],
+            axes=[0, 1],
+        )
+        return fn.flip(pictures, horizontal=flips)
+
+    return cast("Pipeline", graph())
+
+
+class DaliBatches:
+    """Pixels of feeds 0, 1, … in order: pairs (feed, (n, S, S, 3) uint8 on the device).
+
+    A batch that DALI cannot decode (a damaged file that looked whole) is made again with every
+    image checked by a strict decoder first, so that the maker can replace the culprit.
+    """
+
+    def __init__(
+        self, make: FeedMaker, *, count: int | None = None, prefetch: int, **graph: Any
+    ) -> None:
+        self._make, self._count = make, count
+        self._prefetch, self._graph = prefetch, graph
+        self._pipeline: Pipeline | None = None
+        self._under_way: deque[Feed] = deque()
+        self._next = 0
+        self._strict_until = 0
+        self._failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[tuple[Feed, torch.Tensor]]:
+        if self._under_way and self._under_way[0].work.number != 0:
+            self._restart(0)  # an earlier iteration was left before its end
+        done = 0
+        while self._count is None or done < self._count:
+            yield self._one(done)
+            done += 1
+
+    def _restart(self, number: int) -> None:
+        self._pipeline = None
+        self._under_way.clear()
+        self._next = number
+
+    def _one(self, number: int) -> tuple[Feed, torch.Tensor]:
+        try:
+            return self._run()
+        except RuntimeError as error:
+            self._raise_failure()
+            first_error = error
+        # Once more from here on, checking every image that was under way.
+        self._strict_until = self._next
+        self._restart(number)
+        try:
+            return self._run()
+        except RuntimeError as error:
+            self._raise_failure()
+            raise UserError(f"DALI cannot make batch {number}: {error}") from first_error
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _run(self) -> tuple[Feed, torch.Tensor]:
+        if self._pipeline is None:
+            self._pipeline = build_graph(self._source, prefetch=self._prefetch, **self._graph)
+            self._pipeline.build()
+        (pictures,) = self._pipeline.run()
+        feed = self._under_way.popleft()
+        pixels = torch.from_dlpack(pictures.as_tensor())
+        return feed, pixels[: len(feed.images)]
+
+    def _source(self) -> tuple[Any, ...]:
+        number = self._next
+        if self._count is not None:
+            number %= self._count  # already the next iteration's
+        try:
+            feed = self._make(number, strict=self._next < self._strict_until)
+        except BaseException as error:
+            self._failure = error  # DALI would wrap it and lose its type
+            raise
+        self._next += 1
+        self._under_way.append(feed)
+        return (
+            [np.frombuffer(image, np.uint8) for image in feed.images],
+            feed.boxes[:, :2].astype(np.int32),
+            feed.boxes[:, 2:].astype(np.int32),
+            feed.sizes.astype(np.float32),
+            feed.windows.astype(np.int32),
+            feed.flip.astype(np.int32),
+        )
+
+    def close(self) -> None:
+        """Stop the graph's threads."""
+        self._restart(0)

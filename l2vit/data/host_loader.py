@@ -1,0 +1,138 @@
+"""The host backend: PIL in worker processes, carrying out the same work as the DALI backend."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
+
+from l2vit.data import host_ops
+from l2vit.data.bad_samples import Fetched, fetch
+from l2vit.data.config import AugmentConfig
+from l2vit.data.draws import Drawer, fill_colour
+from l2vit.data.plan import EvalPlan, TrainPlan
+from l2vit.data.raw import Erasing, RawBatch
+from l2vit.data.shards import ShardReader
+
+
+def _decoded(
+    reader: ShardReader, ids: np.ndarray, following: Callable[[int], int], limit: int
+) -> Fetched[Image.Image]:
+    return fetch(
+        reader,
+        ids,
+        lambda sample: host_ops.decode(sample.image),
+        following=following,
+        limit=limit,
+    )
+
+
+@dataclass
+class HostTrainSet(torch.utils.data.Dataset[RawBatch]):
+    """Training micro-batches by number; what a worker process runs."""
+
+    reader: ShardReader
+    plan: TrainPlan
+    augment: AugmentConfig
+    drawer: Drawer
+    input_size: int
+    limit: int
+
+    def __getitem__(self, number: int) -> RawBatch:
+        work = self.plan.work(number)
+        fetched = _decoded(self.reader, work.ids, self.plan.order.following, self.limit)
+        pictures = fetched.payloads
+        drawn = self.drawer.draw(work.epoch, work.ids[: len(pictures)])
+        sizes = np.array([(p.height, p.width) for p in pictures]).reshape(-1, 2)
+        boxes = self.drawer.boxes(drawn, sizes)
+        fill, interpolation = fill_colour(self.augment), self.augment.interpolation
+        pixels = np.empty((len(pictures), self.input_size, self.input_size, 3), np.uint8)
+        for i, picture in enumerate(pictures):
+            picture = host_ops.crop_resize(picture, boxes[i], self.input_size, interpolation)
+            if drawn.flip[i]:
+                picture = host_ops.flip(picture)
+            picture = host_ops.apply_ops(
+                picture, drawn.ops[i], drawn.arguments[i], fill=fill, interpolation=interpolation
+            )
+            pixels[i] = np.asarray(picture)
+        return RawBatch(
+            work,
+            torch.from_numpy(pixels),
+            fetched.ids,
+            fetched.labels,
+            Erasing.draw(drawn.erase, drawn.noise_keys),
+            fetched.bad,
+            fetched.complete,
+        )
+
+
+class HostEvalSet(torch.utils.data.Dataset[RawBatch]):
+    """Evaluation batches by number, through timm's own evaluation transform."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        plan: EvalPlan,
+        *,
+        input_size: int,
+        crop_fraction: float,
+        crop_mode: str,
+    ) -> None:
+        self._reader, self._plan, self._size = reader, plan, input_size
+        self._transform = transforms_imagenet_eval(
+            input_size,
+            crop_pct=crop_fraction,
+            crop_mode=crop_mode,
+            interpolation="bicubic",
+            use_prefetcher=True,  # bytes; normalised with the batch
+        )
+
+    def __getitem__(self, number: int) -> RawBatch:
+        work = self._plan.work(number)
+        fetched = _decoded(self._reader, work.ids, lambda sample_id: sample_id, limit=0)
+        pixels = torch.empty((len(fetched.ids), self._size, self._size, 3), dtype=torch.uint8)
+        for place, picture in enumerate(fetched.payloads):
+            pixels[place] = self._transform(picture).permute(1, 2, 0)
+        return RawBatch(
+            work, pixels, fetched.ids, fetched.labels, None, fetched.bad, fetched.complete
+        )
+
+
+def host_batches(
+    dataset: torch.utils.data.Dataset[RawBatch],
+    *,
+    workers: int,
+    prefetch: int,
+    pin: bool,
+    count: int | None = None,
+) -> Iterator[RawBatch]:
+    """Batches 0, 1, … of ``dataset`` in order, made ahead by ``workers`` processes.
+
+    Args:
+        dataset: makes a batch from its number.
+        workers: worker processes; 0 works in this one, when asked.
+        prefetch: batches ready ahead in each worker.
+        pin: put them in page-locked memory (for a GPU).
+        count: how many; None for without end.
+    """
+    numbers: Iterable[int] = itertools.count() if count is None else range(count)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        collate_fn=_unchanged,
+        pin_memory=pin,
+    )
+    return iter(loader)
+
+
+def _unchanged(raw: Any) -> Any:
+    return raw

@@ -1,0 +1,363 @@
+"""The loaders a run uses: batches of one exact global order, made by either backend."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from l2vit.data.bad_samples import BadSampleLog
+from l2vit.data.batch import Batch
+from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.dali_loader import DaliBatches
+from l2vit.data.draws import Drawer, fill_colour
+from l2vit.data.feeds import EvalFeeds, TrainFeeds
+from l2vit.data.host_loader import HostEvalSet, HostTrainSet, host_batches
+from l2vit.data.manifest import Manifest
+from l2vit.data.order import SampleOrder, Share
+from l2vit.data.pixel_ops import apply_ops
+from l2vit.data.plan import EvalPlan, TrainPlan
+from l2vit.data.raw import Finisher, RawBatch
+from l2vit.data.shards import ShardReader
+from l2vit.data.subset import subset_ids
+
+
+def train_loader(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    manifest: Manifest,
+    seed: int,
+    rank: int,
+    world: int,
+    micro_batch: int,
+    global_batch: int,
+    device: torch.device,
+    images_seen: int = 0,
+    bad_samples_log: Path | None = None,
+) -> TrainLoader:
+    """Training micro-batches of one rank, from ``images_seen`` on, without end.
+
+    Args:
+        data: where and with what to read.
+        augment: what is done to each picture (mixing is ``mixing.Mixer``'s).
+        manifest: of ``data.train``.
+        seed: of the order and of the augmentation.
+        rank: this rank.
+        world: number of ranks.
+        micro_batch: images per batch.
+        global_batch: images per optimizer step over all ranks.
+        device: where batches go.
+        images_seen: images consumed since the run began; a multiple of ``global_batch``.
+        bad_samples_log: file for unusable samples, shared by the ranks.
+
+    Raises:
+        ConfigError: the batch sizes do not divide, or there is less than one global batch.
+        UserError: a shard is missing.
+    """
+    directory = Path(data.train)
+    subset = subset_ids(data.subset, directory, manifest, seed=seed)
+    order = SampleOrder(
+        manifest.hash,
+        [shard.samples for shard in manifest.shards],
+        seed=seed,
+        chunk=data.chunk,
+        global_batch=global_batch,
+        subset=subset,
+    )
+    share = Share(rank, world, micro_batch, global_batch)
+    plan = TrainPlan(order, share, images_seen)
+    plan.work(0)  # refuse an impossible images_seen here, not in a worker
+    drawer = Drawer(augment, input_size=data.input_size, seed=seed)
+    reader = ShardReader(directory, manifest)
+    log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples)
+    if data.backend == "host":
+        dataset = HostTrainSet(reader, plan, augment, drawer, data.input_size, log.limit)
+        raw = host_batches(
+            dataset,
+            workers=data.threads,
+            prefetch=data.prefetch,
+            pin=device.type == "cuda",
+        )
+    else:
+        feeds = TrainFeeds(reader, plan, drawer, data.input_size, log.limit, log, data.prefetch)
+        batches = _dali(feeds, data, device, interpolation=augment.interpolation, batch=micro_batch)
+        raw = _augmented(batches, augment)
+    finish = Finisher(mean=augment.mean, std=augment.std, device=device)
+    return TrainLoader(raw, finish, log, order=order, ahead=_ahead(data, device), device=device)
+
+
+def _ahead(data: DataConfig, device: torch.device) -> int:
+    """Batches finished ahead by a thread: the host's worker processes are ahead already."""
+    return 1 if data.backend == "dali" or device.type == "cuda" else 0
+
+
+def _dali(
+    feeds: TrainFeeds | EvalFeeds,
+    data: DataConfig,
+    device: torch.device,
+    *,
+    interpolation: str,
+    batch: int,
+    count: int | None = None,
+) -> DaliBatches:
+    index = None
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+    return DaliBatches(
+        feeds,
+        count=count,
+        prefetch=data.prefetch,
+        batch=batch,
+        input_size=data.input_size,
+        interpolation=interpolation,
+        threads=max(1, data.threads),
+        device_id=index,
+        hw_decoder_load=data.hw_decoder_load,
+    )
+
+
+def _augmented(batches: DaliBatches, augment: AugmentConfig) -> Iterator[RawBatch]:
+    fill = fill_colour(augment)
+    for feed, pixels in batches:
+        extra = feed.extra
+        pixels = apply_ops(
+            pixels,
+            extra.drawn.ops,
+            extra.drawn.arguments,
+            fill=fill,
+            interpolation=augment.interpolation,
+        )
+        yield RawBatch(feed.work, pixels, extra.fetched.ids, extra.fetched.labels, extra.erasing)
+
+
+class TrainLoader:
+    """Endless iterator over one rank's micro-batches, in order."""
+
+    def __init__(
+        self,
+        raw: Iterator[RawBatch],
+        finish: Finisher,
+        log: BadSampleLog,
+        *,
+        order: SampleOrder,
+        ahead: int,
+        device: torch.device,
+    ) -> None:
+        self.order = order
+        self._log = log
+        self._batches = _Ahead(self._finished(raw, finish), depth=ahead, device=device)
+
+    def _finished(self, raw: Iterator[RawBatch], finish: Finisher) -> Iterator[Batch]:
+        for batch in raw:
+            self._log.record(batch.bad, complete=batch.complete)
+            yield finish(batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the threads and processes that work ahead."""
+        self._batches.close()
+
+
+def eval_loader(
+    directory: Path,
+    *,
+    backend: str,
+    input_size: int,
+    crop_fraction: float,
+    crop_mode: str,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    threads: int,
+    prefetch: int,
+    rank: int,
+    world: int,
+    batch: int,
+    device: torch.device,
+) -> EvalLoader:
+    """Every image of a shard directory once over all ranks, as timm evaluates (bicubic).
+
+    Args:
+        directory: shards with a manifest.
+        backend: ``dali`` or ``host``.
+        input_size: side of the model's input, pixels.
+        crop_fraction: input side over resized side.
+        crop_mode: ``center`` (short side resized) or ``squash`` (whole image resized).
+        mean: of each channel, in 0 … 1.
+        std: likewise.
+        threads: decoding threads (dali) or worker processes (host).
+        prefetch: batches made ahead.
+        rank: this rank.
+        world: number of ranks.
+        batch: most images in a batch.
+        device: where batches go.
+
+    Raises:
+        UserError: no finished shard directory, or (while iterating) an image that cannot be used:
+            an evaluation is exact or fails.
+    """
+    manifest = Manifest.load(directory)
+    plan = EvalPlan(manifest.samples, rank, world, batch)
+    reader = ShardReader(directory, manifest)
+    log = BadSampleLog(None, rank=rank, limit=0)
+    finish = Finisher(mean=mean, std=std, device=device)
+    makers: _HostEval | _DaliEval
+    if backend == "host":
+        dataset = HostEvalSet(
+            reader,
+            plan,
+            input_size=input_size,
+            crop_fraction=crop_fraction,
+            crop_mode=crop_mode,
+        )
+        makers = _HostEval(dataset, threads, prefetch, device.type == "cuda", plan.filled)
+    else:
+        feeds = EvalFeeds(reader, plan, input_size, crop_fraction, crop_mode, log)
+        settings = DataConfig(threads=max(1, threads), prefetch=prefetch, input_size=input_size)
+        makers = _DaliEval(
+            _dali(feeds, settings, device, interpolation="bicubic", batch=batch, count=plan.filled)
+        )
+    return EvalLoader(manifest, plan, makers, finish, log, input_size)
+
+
+class _HostEval:
+    """Raw evaluation batches from worker processes, which live as long as one iteration."""
+
+    def __init__(
+        self, dataset: HostEvalSet, workers: int, prefetch: int, pin: bool, count: int
+    ) -> None:
+        self._dataset, self._count = dataset, count
+        self._workers, self._prefetch, self._pin = workers, prefetch, pin
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        return host_batches(
+            self._dataset,
+            workers=min(self._workers, self._count),
+            prefetch=self._prefetch,
+            pin=self._pin,
+            count=self._count,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class _DaliEval:
+    def __init__(self, batches: DaliBatches) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        for feed, pixels in self._batches:
+            yield RawBatch(feed.work, pixels, feed.extra.ids, feed.extra.labels)
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+class EvalLoader:
+    """Re-iterable over one rank's evaluation batches; as many on every rank."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: EvalPlan,
+        raw: _HostEval | _DaliEval,
+        finish: Finisher,
+        log: BadSampleLog,
+        input_size: int,
+    ) -> None:
+        self.manifest = manifest
+        self._plan, self._raw, self._finish, self._log = plan, raw, finish, log
+        self._size = input_size
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._plan.filled:
+            for batch in self._raw:
+                self._log.record(batch.bad, complete=batch.complete)
+                yield self._finish(batch)
+        for number in range(self._plan.filled, len(self._plan)):
+            yield self._finish(self._empty(number))
+
+    def _empty(self, number: int) -> RawBatch:
+        pixels = torch.empty((0, self._size, self._size, 3), dtype=torch.uint8)
+        nothing = np.zeros(0, np.int64)
+        return RawBatch(self._plan.work(number), pixels, nothing, nothing)
+
+    def close(self) -> None:
+        """End what works ahead."""
+        self._raw.close()
+
+
+class _Ahead:
+    """Runs an iterator in a thread, ``depth`` items ahead; depth 0 runs it here.
+
+    On a GPU the thread works on a stream of its own, and an item is handed over with the event
+    that says its kernels are done.
+    """
+
+    def __init__(self, items: Iterator[Batch], *, depth: int, device: torch.device) -> None:
+        self._items = items
+        self._cuda = device if device.type == "cuda" else None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        if depth:
+            self._queue: queue.Queue[tuple[Batch | BaseException, torch.cuda.Event | None]]
+            self._queue = queue.Queue(depth)
+            self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        stream = torch.cuda.Stream(self._cuda) if self._cuda else None
+        with torch.cuda.stream(stream):
+            while not self._stop.is_set():
+                done: torch.cuda.Event | None = None
+                try:
+                    item: Batch | BaseException = next(self._items)
+                    if stream is not None:
+                        done = torch.cuda.Event()
+                        done.record(stream)
+                except BaseException as error:  # handed to the one who waits for the item
+                    item = error
+                self._put((item, done))
+                if isinstance(item, BaseException):
+                    return
+
+    def _put(self, entry: tuple[Batch | BaseException, torch.cuda.Event | None]) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(entry, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def __next__(self) -> Batch:
+        if self._thread is None:
+            return next(self._items)
+        item, done = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        if done is not None:
+            current = torch.cuda.current_stream(self._cuda)
+            current.wait_event(done)
+            # made on the other stream: its memory must not be reused before this one is done
+            item.images.record_stream(current)
+            item.labels.record_stream(current)
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._items = iter(())

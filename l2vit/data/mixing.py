@@ -1,0 +1,130 @@
+"""Mixup, cutmix and label smoothing on a batch, the same at any world size.
+
+timm draws one number for a whole batch of a rank, so what a sample is mixed with depends on the
+number of ranks. Here ``mix_group`` neighbours of the global sequence share a draw and are mixed
+with one another in mirrored order; the draw is a pure function of (seed, epoch, group).
+Zhang et al. 2018 (mixup), Yun et al. 2019 (cutmix), with timm's box and its corrected weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+
+from l2vit.data.batch import Batch
+from l2vit.data.config import AugmentConfig
+from l2vit.data.philox import derive_key, uniforms
+from l2vit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How n samples are mixed with their partners."""
+
+    partners: np.ndarray
+    """(n,) int64: place in the batch of each sample's partner."""
+    weights: np.ndarray
+    """(n,) float64: share of the sample itself in its target."""
+    cut: np.ndarray
+    """(n,) bool: cutmix, else mixup."""
+    boxes: np.ndarray
+    """(n, 4) int64: top, bottom, left, right (ends excluded) that cutmix takes from the partner."""
+
+
+class Mixer:
+    """Mixes batches and makes their targets.
+
+    Args:
+        augment: strengths and smoothing.
+        num_classes: width of the targets.
+        seed: the run's seed.
+    """
+
+    def __init__(self, augment: AugmentConfig, *, num_classes: int, seed: int) -> None:
+        self._augment, self._classes, self._seed = augment, num_classes, seed
+
+    def __call__(self, batch: Batch, *, mix: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed images and float32 targets (B, classes); ``mix`` False only smooths labels.
+
+        Raises:
+            ConfigError: the micro-batch is not made of whole mixing groups.
+        """
+        targets = self._smooth(batch.labels)
+        if not mix or not (self._augment.mixup or self._augment.cutmix):
+            return batch.images, targets
+        height, width = batch.images.shape[-2:]
+        drawn = self.draw(batch.epoch, batch.positions, height, width)
+        device = batch.images.device
+        partners = torch.from_numpy(drawn.partners).to(device)
+        share = _pixel_weights(drawn, height, width).to(device, non_blocking=True)
+        share = share.to(batch.images.dtype)
+        images = batch.images * share + batch.images[partners] * (1 - share)
+        weight = torch.from_numpy(drawn.weights).to(device, torch.float32)[:, None]
+        return images, targets * weight + targets[partners] * (1 - weight)
+
+    def _smooth(self, labels: torch.Tensor) -> torch.Tensor:
+        off = self._augment.label_smoothing / self._classes
+        targets = torch.full((len(labels), self._classes), off, device=labels.device)
+        on = 1.0 - self._augment.label_smoothing + off
+        return targets.scatter_(1, labels[:, None], on)
+
+    def draw(self, epoch: int, positions: np.ndarray, height: int, width: int) -> Mixing:
+        """The mixing of the samples at ``positions`` (B,), whole groups of neighbours."""
+        size = self._augment.mix_group
+        places = np.arange(len(positions))
+        whole = positions.reshape(-1, size) if len(positions) % size == 0 else None
+        if whole is None or (whole[:, 0] % size).any() or (np.diff(whole) != 1).any():
+            raise ConfigError(
+                f"augment.mix_group: {size} must divide the micro-batch of {len(positions)}"
+            )
+        weights, cut = self._weights(epoch, whole[:, 0] // size)
+        boxes, corrected = self._boxes(epoch, whole[:, 0] // size, weights, height, width)
+        weights = np.where(cut, corrected, weights)
+        partners = places - places % size + size - 1 - places % size
+        return Mixing(
+            partners,
+            np.repeat(weights, size),
+            np.repeat(cut, size),
+            np.repeat(boxes, size, axis=0),
+        )
+
+    def _weights(self, epoch: int, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        augment = self._augment
+        u = uniforms(derive_key("mix", self._seed, epoch), groups, 2)
+        if augment.mixup and augment.cutmix:
+            cut = u[:, 0] < augment.mix_switch_prob
+        else:
+            cut = np.full(len(u), augment.cutmix > 0)
+        alpha = np.where(cut, augment.cutmix, augment.mixup)
+        return betaincinv(alpha, alpha, u[:, 1]), cut  # Beta(α, α) by its inverse distribution
+
+    def _boxes(
+        self, epoch: int, groups: np.ndarray, weights: np.ndarray, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """timm's ``rand_bbox`` and the weight that the clipped box really leaves."""
+        u = uniforms(derive_key("mix box", self._seed, epoch), groups, 2)
+        ratio = np.sqrt(1 - weights)
+        cut_h, cut_w = (height * ratio).astype(np.int64), (width * ratio).astype(np.int64)
+        y, x = (u[:, 0] * height).astype(np.int64), (u[:, 1] * width).astype(np.int64)
+        top, bottom = _clipped(y, cut_h, height)
+        left, right = _clipped(x, cut_w, width)
+        area = (bottom - top) * (right - left)
+        return np.stack([top, bottom, left, right], axis=1), 1 - area / (height * width)
+
+
+def _clipped(centre: np.ndarray, length: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.clip(centre - length // 2, 0, most), np.clip(centre + (length + 1) // 2, 0, most)
+
+
+def _pixel_weights(drawn: Mixing, height: int, width: int) -> torch.Tensor:
+    """(B, 1, H, W) float32: share of the sample itself in each pixel."""
+    top, bottom, left, right = (drawn.boxes[:, i, None] for i in range(4))
+    rows, columns = np.arange(height), np.arange(width)
+    inside_rows = (rows >= top) & (rows < bottom)
+    inside_columns = (columns >= left) & (columns < right)
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    share = np.where(drawn.cut[:, None, None], ~inside, drawn.weights[:, None, None])
+    return torch.from_numpy(share.astype(np.float32))[:, None]

@@ -1,0 +1,176 @@
+"""Which sample comes when: a pure function of (manifest hash, seed, epoch, images seen).
+
+The sequence of an epoch is laid out in *lanes*, one for each place in the global batch. The
+samples are cut into chunks (runs of neighbours in one shard), the chunks are shuffled and strung
+together, and the string is cut into as many equal lanes as a global batch has places. Step s
+takes the s-th sample of every lane. So
+
+- a global batch holds samples of as many different chunks as it has samples (well mixed), while
+  each lane, hence each rank, reads its shards in runs of neighbours (kind to network disks);
+- the sequence knows nothing of ranks: they share out the places of a step among themselves, and a
+  rank's places are the same lanes in every step;
+- nothing is stored but the shuffled chunks: any position of any epoch is found by arithmetic.
+
+What does not fill a last global batch (the end of the string, other chunks in every epoch) is
+left out of that epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from l2vit.data.philox import derive_key, permutation, uniforms
+from l2vit.errors import ConfigError, UserError
+
+MIN_CHUNKS_PER_LANE = 8
+"""Small data: the chunk shrinks until each lane is made of so many, down to single samples."""
+
+
+@dataclass(frozen=True)
+class _EpochPlan:
+    """The shuffled chunks of one epoch; 16 bytes a chunk."""
+
+    epoch: int
+    starts: np.ndarray
+    """(chunks,) int64: first sample of each chunk, in reading order."""
+    ends: np.ndarray
+    """(chunks,) int64: running total of samples after each chunk."""
+
+
+class SampleOrder:
+    """The one global order of a run.
+
+    Args:
+        manifest_hash: ``Manifest.hash`` of the data.
+        shard_samples: samples of each shard, in the manifest's order.
+        seed: the run's seed.
+        chunk: samples read in a run from one shard, at most; see ``MIN_CHUNKS_PER_LANE``.
+        global_batch: images per optimizer step over all ranks.
+        subset: sorted sample ids to train on; None for all.
+
+    Raises:
+        ConfigError: fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        manifest_hash: str,
+        shard_samples: Sequence[int],
+        *,
+        seed: int,
+        chunk: int,
+        global_batch: int,
+        subset: np.ndarray | None = None,
+    ) -> None:
+        firsts = np.concatenate([[0], np.cumsum(np.asarray(shard_samples, np.int64))])
+        self._subset = subset
+        # Chunks are cut in the subset's own numbering, at the places where its shards change.
+        self._firsts = firsts if subset is None else np.searchsorted(subset, firsts)
+        self.samples = int(self._firsts[-1])
+        self.global_batch = global_batch
+        self.steps_per_epoch = self.samples // global_batch
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"global_batch: {global_batch} is more than the {self.samples} samples to train on"
+            )
+        most = self.samples // (MIN_CHUNKS_PER_LANE * global_batch)
+        self.chunk = max(1, min(chunk, most))
+        self._key_parts = (manifest_hash, seed)
+        self._plan: _EpochPlan | None = None
+
+    def epoch_ids(self, epoch: int) -> np.ndarray:
+        """The whole sequence of ``epoch``: (steps_per_epoch · global_batch,) int64 sample ids."""
+        return self.ids_at(epoch, np.arange(self.steps_per_epoch * self.global_batch))
+
+    def ids_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Sample ids (int64) at ``positions`` of the sequence of ``epoch``."""
+        plan = self._plan_of(epoch)
+        step, lane = np.divmod(np.asarray(positions, np.int64), self.global_batch)
+        place = lane * self.steps_per_epoch + step
+        at = np.searchsorted(plan.ends, place, side="right")
+        before = np.where(at > 0, plan.ends[at - 1], 0)
+        index = plan.starts[at] + place - before
+        return index if self._subset is None else self._subset[index].astype(np.int64)
+
+    def locate(self, images_seen: int) -> tuple[int, int]:
+        """(epoch, first position in it) of the step that starts after ``images_seen`` images.
+
+        Raises:
+            UserError: not a multiple of the global batch (the run had another one).
+        """
+        step, rest = divmod(images_seen, self.global_batch)
+        if rest:
+            raise UserError(
+                f"cannot continue at {images_seen} images: not a multiple of the global batch"
+                f" {self.global_batch}; continue with the global batch the run began with"
+            )
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return epoch, step * self.global_batch
+
+    def batch_ids(self, images_seen: int) -> np.ndarray:
+        """(global_batch,) int64 ids of the step that starts after ``images_seen`` images."""
+        epoch, first = self.locate(images_seen)
+        return self.ids_at(epoch, first + np.arange(self.global_batch))
+
+    def following(self, sample_id: int) -> int:
+        """The sample after ``sample_id`` in the manifest (of the subset), around the end."""
+        if self._subset is None:
+            return (sample_id + 1) % self.samples
+        at = int(np.searchsorted(self._subset, sample_id, side="right"))
+        return int(self._subset[at % self.samples])
+
+    def _plan_of(self, epoch: int) -> _EpochPlan:
+        plan = self._plan
+        if plan is None or plan.epoch != epoch:
+            plan = self._plan = self._make_plan(epoch)
+        return plan
+
+    def _make_plan(self, epoch: int) -> _EpochPlan:
+        starts, lengths = self._cut(derive_key("cut", *self._key_parts, epoch))
+        order = permutation(derive_key("chunks", *self._key_parts, epoch), len(starts))
+        return _EpochPlan(epoch, starts[order], np.cumsum(lengths[order]))
+
+    def _cut(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths of the chunks; where a shard is cut is drawn anew each epoch."""
+        firsts, chunk = self._firsts[:-1], self.chunk
+        sizes = np.diff(self._firsts)
+        shift = (uniforms(key, np.arange(len(sizes)), 1)[:, 0] * chunk).astype(np.int64)
+        pieces = np.where(sizes > 0, -(-(sizes + shift) // chunk), 0)
+        shard = np.repeat(np.arange(len(sizes)), pieces)
+        number = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        inside = np.maximum(number * chunk - shift[shard], 0)
+        ends = np.minimum((number + 1) * chunk - shift[shard], sizes[shard])
+        return firsts[shard] + inside, ends - inside
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which places of each step one rank takes, and in which micro-batches.
+
+    Micro-batch ``a`` of rank ``r`` in a step takes ``micro_batch`` places from
+    ``(a · world + r) · micro_batch`` on.
+    """
+
+    rank: int
+    world: int
+    micro_batch: int
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.world * self.micro_batch):
+            raise ConfigError(
+                f"global_batch: {self.global_batch} is not a multiple of"
+                f" {self.world} ranks × micro-batch {self.micro_batch}"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.world * self.micro_batch)
+
+    def places(self, micro_step: int) -> np.ndarray:
+        """(micro_batch,) int64 places in the step of the rank's micro-batch ``micro_step``."""
+        first = (micro_step * self.world + self.rank) * self.micro_batch
+        return first + np.arange(self.micro_batch)

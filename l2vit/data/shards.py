@@ -1,0 +1,250 @@
+"""Reading single samples out of indexed shards, and refusing those that are not what they were.
+
+A sample is one ``pread`` at the offsets its index line gives. Files are opened when first needed
+and never mapped: a shard that vanishes under a mapping would kill the process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from l2vit.data.manifest import LABEL_WIDTH, Manifest
+from l2vit.errors import UserError
+
+INDEX_VERSION = b"v1.2"
+CHECKSUM_SUFFIX = ".crc"
+_OPEN_SHARDS = 512
+"""Shards kept open at once; a rank reads one a lane, so a few hundred."""
+_RUN_AHEAD = 16
+"""Neighbours asked for with a sample: a lane reads them next."""
+_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+
+
+class BadSample(Exception):
+    """One sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file and its label, as stored."""
+
+    id: int
+    image: bytes
+    label: int
+
+
+class _OpenShard:
+    """One tar, its index lines and, where there are any, its samples' checksums."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.with_suffix(".idx").read_bytes()
+        self.index = lines
+        self.line_ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
+        if not lines.startswith(INDEX_VERSION) or not len(self.line_ends):
+            raise BadSample(f"{path.with_suffix('.idx').name} is no DALI index of version 1.2")
+        checksums = path.with_suffix(CHECKSUM_SUFFIX)
+        self.checksums = np.fromfile(checksums, "<u4") if checksums.exists() else None
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        # the last reader of an evicted shard closes it, in whatever thread that is
+        descriptor = getattr(self, "descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def members(self, number: int) -> dict[bytes, tuple[int, int, bytes]]:
+        """Offset, size and name of each member of sample ``number``, by extension."""
+        if not 0 <= number < len(self.line_ends) - 1:
+            raise BadSample(f"the index has no sample {number}")
+        line = self.index[self.line_ends[number] + 1 : self.line_ends[number + 1]]
+        fields = line.split(b" ")
+        try:
+            return {
+                fields[i]: (int(fields[i + 1]), int(fields[i + 2]), fields[i + 3])
+                for i in range(0, len(fields), 4)
+            }
+        except (ValueError, IndexError):
+            raise BadSample(f"malformed index line {number + 2}") from None
+
+
+class ShardReader:
+    """Samples of a shard directory by sample id. Threads may share one reader.
+
+    Picklable and safe to use after a fork: files are opened again where they are needed.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._names = [shard.name for shard in manifest.shards]
+        self._classes = len(manifest.classes)
+        self._firsts = manifest.first_ids
+        self._reset()
+
+    def _reset(self) -> None:
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, object]:
+        kept = ("_directory", "_names", "_classes", "_firsts")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """(shard number, number in the shard)."""
+        shard = int(np.searchsorted(self._firsts, sample_id, side="right")) - 1
+        return shard, int(sample_id - self._firsts[shard])
+
+    def shard_name(self, sample_id: int) -> str:
+        return self._names[self.locate(sample_id)[0]]
+
+    def key(self, sample_id: int) -> str:
+        """The sample's key, or "?" where its index cannot be read."""
+        shard, number = self.locate(sample_id)
+        try:
+            members = self._shard(shard).members(number)
+        except (BadSample, OSError):
+            return "?"
+        name = next(iter(members.values()))[2]
+        return name.rsplit(b".", 1)[0].decode(errors="replace")
+
+    def announce(self, sample_ids: np.ndarray) -> None:
+        """Ask the system to have samples, and their next neighbours, in memory soon."""
+        for sample_id in sample_ids.tolist():
+            shard, number = self.locate(sample_id)
+            try:
+                handle = self._shard(shard)
+                last = min(number + _RUN_AHEAD, len(handle.line_ends) - 2)
+                start = min(at for at, _, _ in handle.members(number).values())
+                stop = max(at + size for at, size, _ in handle.members(last).values())
+                os.posix_fadvise(handle.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            except (BadSample, OSError):
+                continue  # reading it will tell
+
+    def labels(self) -> np.ndarray:
+        """(samples,) int64: every label, read from the shards in order.
+
+        Raises:
+            UserError: a label or a shard cannot be read.
+        """
+        found = np.empty(int(self._firsts[-1]), np.int64)
+        for shard, first in enumerate(self._firsts[:-1].tolist()):
+            path = self._directory / self._names[shard]
+            try:
+                handle = self._shard(shard)
+                for number in range(int(self._firsts[shard + 1]) - first):
+                    at, size, _ = handle.members(number)[b"cls"]
+                    found[first + number] = self._label(os.pread(handle.descriptor, size, at))
+            except (BadSample, OSError, KeyError) as error:
+                raise UserError(f"cannot read the labels of {path}: {error}") from None
+        return found
+
+    def read(self, sample_id: int) -> Sample:
+        """The image file and label of a sample, as whole and unchanged as can be told cheaply.
+
+        With a checksum file beside the index the bytes of image and label are those that were
+        written. Without one the JPEG's ends and header and the label's form are checked.
+
+        Raises:
+            BadSample: missing, short, changed or malformed.
+        """
+        shard, number = self.locate(sample_id)
+        try:
+            return self._read(shard, number, sample_id)
+        except OSError as error:
+            with self._lock:  # the file may have been replaced: look again
+                self._open.pop(shard, None)
+            try:
+                return self._read(shard, number, sample_id)
+            except OSError:
+                raise BadSample(f"{self._names[shard]}: {error.strerror or error}") from None
+
+    def _read(self, shard: int, number: int, sample_id: int) -> Sample:
+        handle = self._shard(shard)
+        members = handle.members(number)
+        try:
+            image_at, image_size, _ = members[b"jpg"]
+            label_at, label_size, _ = members[b"cls"]
+        except KeyError as error:
+            raise BadSample(f"no member .{error.args[0].decode()}") from None
+        start = min(image_at, label_at)
+        stop = max(image_at + image_size, label_at + label_size)
+        data = os.pread(handle.descriptor, stop - start, start)
+        if len(data) < stop - start:
+            raise BadSample("the shard ends before the sample does")
+        image = data[image_at - start : image_at - start + image_size]
+        text = data[label_at - start : label_at - start + label_size]
+        if handle.checksums is not None:
+            self._check_sum(handle.checksums, number, image, text)
+        else:
+            check_jpeg_frame(image)
+        return Sample(sample_id, image, self._label(text))
+
+    def _check_sum(self, sums: np.ndarray, number: int, image: bytes, label: bytes) -> None:
+        if number >= len(sums):
+            raise BadSample("the checksum file is shorter than the index")
+        if checksum(image, label) != int(sums[number]):
+            raise BadSample("checksum differs from the one recorded")
+
+    def _label(self, text: bytes) -> int:
+        if len(text) != LABEL_WIDTH or not text.isdigit():
+            raise BadSample(f"label {text[:16]!r} is not {LABEL_WIDTH} digits")
+        label = int(text)
+        if label >= self._classes:
+            raise BadSample(f"label {label} is not one of {self._classes} classes")
+        return label
+
+    def _shard(self, shard: int) -> _OpenShard:
+        if self._process != os.getpid():
+            self._reset()
+        with self._lock:
+            handle = self._open.get(shard)
+            if handle is not None:
+                self._open.move_to_end(shard)
+                return handle
+        handle = _OpenShard(self._directory / self._names[shard])
+        with self._lock:
+            handle = self._open.setdefault(shard, handle)
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return handle
+
+
+def checksum(image: bytes, label: bytes) -> int:
+    """What a checksum file records of a sample: CRC-32 (zlib) of the image, then of the label."""
+    return zlib.crc32(label, zlib.crc32(image))
+
+
+def check_jpeg_frame(image: bytes) -> tuple[int, int]:
+    """Height and width from the header of a JPEG that begins and ends like one.
+
+    Raises:
+        BadSample: not a JPEG, or cut off.
+    """
+    if not image.startswith(_SOI) or image[-64:].rfind(_EOI) < 0:
+        raise BadSample("not a whole JPEG file")
+    return jpeg_size(image)
+
+
+def jpeg_size(image: bytes) -> tuple[int, int]:
+    """Height and width in a JPEG's header.
+
+    Raises:
+        BadSample: no JPEG header.
+    """
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+    except ValueError as error:
+        raise BadSample(f"unreadable JPEG header ({error})") from None
+    return height, width
