@@ -1,0 +1,97 @@
+"""Focused linear attention (FLatten, ICCV 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2vit.models.cores import Grid, Site, accurate, join_heads, split_heads
+from l2vit.models.layers import without_autocast
+
+EPS = 1e-6
+
+
+def focus(t: Tensor, power: int = 3) -> Tensor:
+    """``t^p · ‖t‖ / ‖t^p‖`` over the last dimension, for t > 0: sharper, and as long as before.
+
+    Works on the unit vector, because tiny entries to the third power underflow in fp32.
+    """
+    length = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+    sharp = (t / length) ** power
+    return sharp * (length / torch.linalg.vector_norm(sharp, dim=-1, keepdim=True))
+
+
+class FocusedCore(nn.Module):
+    """Focused features of q and k, kᵀv first, and a 5×5 depthwise conv of v beside it.
+
+    ``A_i = q_i (1/n) Σ_j k_j v_jᵀ / (q_i · k̄ + 1e-6)`` with q, k after :func:`focus` over all
+    channels; the output is A + dwc(v). Features and denominators are computed in fp32 at least.
+
+    Args:
+        site: dimensions; ``site.key_tokens`` rows of positional encoding. Where n < H·W, v is
+            stretched along the flattened tokens for the convolution.
+        power: p of the focusing function.
+        kernel_size: of the convolution, whose kernels all heads share.
+    """
+
+    def __init__(self, site: Site, power: int = 3, kernel_size: int = 5) -> None:
+        super().__init__()
+        self.heads, self.power = site.heads, power
+        width = site.dim // site.heads
+        self.scale = nn.Parameter(torch.zeros(1, 1, site.dim))
+        self.positional_encoding = nn.Parameter(torch.zeros(1, site.key_tokens, site.dim))
+        self.dwc = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        self.observer: Callable[[Tensor], None] | None = None
+        """Called in every forward with the fp32 denominators q · k̄ (B, heads, N, 1)."""
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Focused q (B, heads, N, d) and k (B, heads, n, d), fp32 or finer."""
+        dtype = accurate(q.dtype)
+        scale = F.softplus(self.scale.to(dtype))
+        k = k.to(dtype) + self.positional_encoding.to(dtype)
+        q, k = ((F.relu(t.to(dtype)) + EPS) / scale for t in (q, k))
+        return (
+            split_heads(focus(q, self.power), self.heads),
+            split_heads(focus(k, self.power), self.heads),
+        )
+
+    def _denominator(self, q: Tensor, k: Tensor) -> Tensor:
+        denominator = q @ k.mean(2, keepdim=True).transpose(2, 3)
+        if self.observer is not None:
+            self.observer(denominator.detach())
+        return denominator + EPS
+
+    def local(self, v: Tensor, grid: Grid) -> Tensor:
+        """The convolution of v, (B, n, C) to (B, H·W, C); every head has the same kernels."""
+        v = v.transpose(1, 2)
+        if v.shape[2] != grid[0] * grid[1]:
+            v = F.interpolate(v, grid[0] * grid[1], mode="linear", align_corners=False)
+        # Repeating the kernels spares a copy of v with the heads moved to the batch.
+        weight = self.dwc.weight.repeat(self.heads, 1, 1, 1)
+        bias = torch.cat([self.dwc.bias] * self.heads)  # type: ignore[list-item]
+        out = F.conv2d(
+            v.unflatten(2, grid), weight, bias, padding=self.dwc.padding, groups=v.shape[1]
+        )
+        return out.flatten(2).transpose(1, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
+        prefix = q.shape[1] - grid[0] * grid[1]
+        local = self.local(v[:, prefix:], grid)
+        with without_autocast(q):
+            q, k = self.features(q, k)
+            denominator = self._denominator(q, k)
+        values = split_heads(v, self.heads)
+        # n^-½ to each side: the plain sum over the tokens overflows fp16.
+        factor = k.shape[2] ** -0.5
+        keys = (k * factor).to(v.dtype).transpose(2, 3)
+        out = q.to(v.dtype) @ (keys @ (values * factor))
+        out = join_heads((out / denominator).to(v.dtype))
+        return out + F.pad(local, (0, 0, prefix, 0))
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """What each query gives each key, (B, heads, N, n): all positive, summing to nearly 1."""
+        q, k = self.features(q, k)
+        return q @ k.transpose(2, 3) / (k.shape[2] * self._denominator(q, k))

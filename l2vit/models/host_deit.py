@@ -1,0 +1,94 @@
+"""DeiT with the attention as an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from l2vit.models.attentions import core_factory
+from l2vit.models.cores import CoreFactory, Grid, Site, SoftmaxCore
+from l2vit.models.host import FusedProjected, Resizable
+
+
+class TokenProjected(FusedProjected):
+    """Attention over a class token and the patches of a fixed grid, (B, 1 + H·W, C)."""
+
+    def __init__(self, dim: int, core: nn.Module, grid: Grid) -> None:
+        super().__init__(dim, core)
+        self.grid = grid
+
+    def forward(self, x: Tensor, raw: Tensor | None = None, **_: Any) -> Tensor:
+        """timm's block also hands over a mask, which is None in a classifier."""
+        return self.attend(x, x, self.grid)
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor) -> Tensor:
+        """The weights of each token over all tokens, (B, heads, N, N), for pictures."""
+        q, k, _ = self.project(x, self.grid)
+        return self.core.weights(q, k)
+
+
+class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
+    """timm's vision transformer with a class token, patches of 16, and any attention.
+
+    Takes only the input size it was built for (see ``set_input_size``).
+
+    Args:
+        img_size: the size the position table is built for.
+        embed_dim: channels.
+        depth: blocks.
+        num_heads: attention heads.
+        attention: softmax, enhanced, focused, injective, or a factory from a Site.
+        softmax_blocks: indices of blocks that keep softmax attention (paper Table 11).
+        window_size: there are no windows; taken for the sake of one interface.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        *,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        attention: str | CoreFactory = "softmax",
+        softmax_blocks: Sequence[int] = (),
+        window_size: int = 7,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__(
+            img_size=img_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,  # type: ignore[arg-type]
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        self.arguments = arguments
+        self.img_size = to_2tuple(img_size)
+        site = Site(embed_dim, num_heads, self.patch_embed.grid_size, prefix=1)
+        for index, block in enumerate(self.blocks):
+            factory = SoftmaxCore if index in softmax_blocks else core_factory(attention)
+            block.attn = TokenProjected(embed_dim, factory(site), site.grid)
+            self.init_attention(block.attn)
+        assert self.cls_token is not None
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    @staticmethod
+    def init_attention(attention: TokenProjected) -> None:
+        """Linear layers truncated normal 0.02 with zero bias, as timm does the rest."""
+        for layer in (attention.qkv, attention.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
