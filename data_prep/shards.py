@@ -17,6 +17,7 @@ from data_prep.records import SPOOLED, Workspace
 from data_prep.sources import Unit
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Shard
+from l2vit.data.shards import CHECKSUM_SUFFIX, checksum
 from l2vit.errors import UserError
 
 BLOCK = 512
@@ -113,9 +114,10 @@ def write_shard(writing: Writing, shard: int) -> int:
 
 
 def write_records(writing: Writing, records: np.ndarray, tar: Path) -> Shard:
-    """Write ``records`` to ``tar`` and its index beside it."""
+    """Write ``records`` to ``tar``, its index and its samples' checksums beside it."""
     index = [f"v1.2 {len(records)}"]
     extension, digest, place = writing.options.rules.extension, hashlib.sha256(), 0
+    sums: list[int] = []
     with ExitStack() as stack:
         sources = stack.enter_context(_Sources())
         names = stack.enter_context(writing.workspace.text.open("rb"))
@@ -140,12 +142,14 @@ def write_records(writing: Writing, records: np.ndarray, tar: Path) -> Shard:
                     f" cls {second} {len(label)} {key}.cls"
                 )
                 place += len(block)
+                sums.append(checksum(image, label))
                 digest.update(block)
                 stream.write(block)
         digest.update(bytes(END))
         stream.write(bytes(END))
     text = "\n".join(index) + "\n"
     files.write_text(tar.with_suffix(".idx"), text)
+    files.write_bytes(tar.with_suffix(CHECKSUM_SUFFIX), np.array(sums, "<u4").tobytes())
     return Shard(
         tar.name,
         len(records),
