@@ -14,11 +14,11 @@ mkdir -p "$out"
 step() { printf '\n== %s  [%d s since start]\n' "$1" $((SECONDS - began)); }
 
 step "1/7 raw release: one tar holding one tar per class, as ImageNet-22k is shipped"
-[ -e "$out/raw/digits.tar" ] || python -m data_prep digits --out "$out/raw"
+[ -e "$out/raw/digits_whole.tar" ] || python -m data_prep digits --out "$out/raw"
 
 step "2/7 data preparation: strict decode, global shuffle, shards, indexes, manifest"
-python -m data_prep build --dataset imagenet22k --source "$out/raw/digits.tar" \
-  --out "$out/shards" --split both --val-fraction 0.2 --shard-size 256K --workers 2
+python -m data_prep build --dataset imagenet22k --source "$out/raw/digits_whole.tar" \
+  --out "$out/shards" --split both --val-fraction 0.2 --shard-bytes 512K --workers 2
 
 step "3/7 verification of every shard"
 python -m data_prep verify "$out/shards/train"
