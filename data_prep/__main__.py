@@ -45,6 +45,23 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         " imagenet22k, imagenet12k, imagenet21k-p-fall11, a shard directory, or a file",
     )
     add("--min-class-images", type=int, default=0, metavar="N", help="drop smaller classes")
+    guard = build.add_argument_group("leakage guard")
+    add = guard.add_argument
+    add(
+        "--exclude",
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="images to keep out: shards, a directory or tar of images, or a list of SHA-256 or"
+        " keys",
+    )
+    add(
+        "--exclude-distance",
+        type=int,
+        default=0,
+        metavar="BITS",
+        help="also near copies, by Hamming distance of a 64-bit perceptual hash (0 ... 6; try 3)",
+    )
     clean = build.add_argument_group("cleaning")
     add = clean.add_argument
     add("--min-side", type=int, default=32, metavar="PX", help="leave out smaller images")
@@ -72,7 +89,8 @@ def run_build(arguments: argparse.Namespace) -> int:
     options = Options(
         sources=tuple(arguments.source),
         rules=Rules(**rules),
-        **{name: values[name] for name in names},
+        **{name: values[name] for name in names - {"exclude"}},
+        exclude=tuple(arguments.exclude),
     )
     build(options)
     return 0

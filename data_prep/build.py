@@ -20,7 +20,7 @@ from data_prep.pool import Progress, each
 from data_prep.records import Part, Workspace
 from data_prep.scan import Scan, scan_unit
 from data_prep.shards import Writing, shard_name, write_shard
-from data_prep.sources import Unit, list_units
+from data_prep.sources import Unit, list_units, load_units, renumbered, save_units
 from l2vit import files
 from l2vit.data import labels
 from l2vit.data.manifest import MANIFEST_NAME, Manifest, Shard
@@ -47,11 +47,7 @@ def build(options: Options) -> dict[str, Manifest]:
         if all((path / MANIFEST_NAME).exists() for path in directories.values()):
             print(f"{options.out} is already complete", flush=True)
             return {split: Manifest.load(path) for split, path in directories.items()}
-        units, found = list_units(options, workspace)
-        release, classes = choose_classes(options, found)
-        wanted = set(classes)
-        units = [unit for unit in units if not unit.class_id or unit.class_id in wanted]
-        units = [Unit(**{**unit.__dict__, "number": n}) for n, unit in enumerate(units)]
+        units, found, release, classes = _list(options, workspace)
         print(
             f"{len(found):,} classes found: release {release}, {len(classes):,} labels,"
             f" {len(units):,} units of work",
@@ -72,6 +68,22 @@ def build(options: Options) -> dict[str, Manifest]:
         shutil.rmtree(workspace.root / "staged", ignore_errors=True)
     summary(options, workspace, units, plan, manifests)
     return manifests
+
+
+def _list(
+    options: Options, workspace: Workspace
+) -> tuple[list[Unit], set[str], str, tuple[str, ...]]:
+    if workspace.units.exists():
+        units, found = load_units(workspace)
+        return units, found, *choose_classes(options, found)
+    units, found = list_units(options, workspace)
+    release, classes = choose_classes(options, found)
+    wanted = set(classes)
+    units = renumbered([u for u in units if not u.class_id or u.class_id in wanted])
+    if not units:
+        raise UserError(f"none of the {len(found)} classes found is in the class list {release}")
+    save_units(units, found, workspace)
+    return units, found, release, classes
 
 
 def split_directories(options: Options) -> dict[str, Path]:
@@ -112,6 +124,10 @@ def _claim(options: Options, workspace: Workspace) -> None:
                 " the same ones to continue, or another --out"
             )
         return
+    if options.split != "both" and (options.out / MANIFEST_NAME).exists():
+        before = Manifest.load(options.out).provenance.get("options")
+        if before == json.loads(json.dumps(identity)):
+            return
     if any(options.out.glob("shard-*.tar")):
         raise UserError(f"{options.out} holds shards of unknown origin: give an empty --out")
     files.write_json(workspace.build, identity)
@@ -124,6 +140,15 @@ def choose_classes(options: Options, found: set[str]) -> tuple[str, tuple[str, .
     if options.classes == "auto":
         release = labels.recognise(found)
         return release.name, release.classes
+    if options.classes == "21k-p":
+        release = labels.recognise(found)
+        name = f"imagenet21k-p-{release.name}"
+        if name not in labels.LAYOUTS:
+            raise UserError(
+                f"--classes 21k-p is defined for fall11 and winter21, this is {release.name}: give"
+                " --min-class-images 501 instead"
+            )
+        return name, labels.class_list(name)
     if options.classes in labels.LAYOUTS:
         return options.classes, labels.class_list(options.classes)
     path = Path(options.classes)

@@ -168,7 +168,11 @@ def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> Good:
         raise Refused("too-many-scans", f"more than {_MAX_SCANS} scans")
     repairs += _jpeg_faults(head, rules)
     small = _strict_decode(data, head, repairs)
-    if len(repairs) > ("gzip" in repairs) or rules.format != "jpeg":
+    if b"\xff\xd9" not in data[-64:]:
+        # Readers that look for the end marker where a file ends would call this one cut off.
+        data = data[: data.rfind(b"\xff\xd9") + 2]
+        repairs.append("trailing-bytes")
+    if set(repairs) - {"gzip", "trailing-bytes"} or rules.format != "jpeg":
         return _reencode(data, "jpeg", rules, repairs)
     return Good(data, head.width, head.height, "jpeg", perceptual_hash(small), tuple(repairs))
 

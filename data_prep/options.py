@@ -69,9 +69,6 @@ class Options:
     shard_samples: int = 0
     exclude: tuple[str, ...] = ()
     exclude_distance: int = 0
-    spool: str = "auto"
-    """``auto``, ``off`` or ``on``: copy cleaned images to sorted run files before sharding."""
-    spool_memory: int = 2 << 30
     rules: Rules = Rules()
     workers: int = 1
 
@@ -105,7 +102,7 @@ class Options:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON."""
         values = asdict(self)
-        for name in ("out", "workers", "sources", "spool", "spool_memory"):
+        for name in ("out", "workers", "sources"):
             del values[name]
         return {"sources": list(self.sources), **values, "exclude": list(self.exclude)}
 

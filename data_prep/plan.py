@@ -7,6 +7,7 @@ image, and three integers while sorting: about 1.7 GB for 14.2 million.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.exclude import Guard, exact_matches, load_guard, near_matches
 from data_prep.options import Options
 from data_prep.records import RECORD, Part, Workspace, key_hash
 from data_prep.shards import END, sample_bytes
@@ -46,8 +48,12 @@ class Plan:
 class Catalogue:
     """Every good image of pass 1: records in unit order, and their texts."""
 
-    def __init__(self, records: np.ndarray, text: bytes | np.ndarray) -> None:
+    def __init__(
+        self, records: np.ndarray, text: bytes | np.ndarray, raw_shas: dict[int, str]
+    ) -> None:
         self.records, self._text = records, text
+        self.raw_shas = raw_shas
+        """SHA-256 of the source's bytes, where they differ from those written."""
 
     def texts(self, row: int) -> tuple[str, str]:
         """(key, member name) of one record."""
@@ -65,23 +71,28 @@ def merge_parts(workspace: Workspace, units: list[Unit]) -> tuple[Catalogue, int
         The catalogue, members seen, and images of each source format.
     """
     pieces, seen, forms, place = [], 0, Counter[str](), 0
+    raw_shas: dict[int, str] = {}
+    total = 0
     with files.atomic_writer(workspace.text) as stream:
         for unit in units:
             part = Part.load(workspace.part(unit.number))
             part.records["text_offset"] += np.uint64(place)
+            for event in part.events:
+                if event["row"] >= 0:
+                    raw_shas[total + event["row"]] = event["sha256"]
             pieces.append(part.records)
+            total += len(part.records)
             stream.write(part.text)
             place += len(part.text)
             seen += part.seen
             forms.update(part.forms)
-    total = sum(map(len, pieces))
     records = np.empty(total, RECORD)
     start = 0
     for piece in pieces:
         records[start : start + len(piece)] = piece
         start += len(piece)
     text = np.memmap(workspace.text, np.uint8, "r") if place else b""
-    return Catalogue(records, text), seen, dict(forms)
+    return Catalogue(records, text, raw_shas), seen, dict(forms)
 
 
 def duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -175,11 +186,6 @@ def write_order(
     return catalogue.records["size"][rows]
 
 
-def shuffled(records: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """``rows`` in the order of their rank; equal ranks keep the source's order."""
-    return rows[np.argsort(records["rank"][rows], kind="stable")]
-
-
 def make_plan(
     options: Options, workspace: Workspace, units: list[Unit], classes: tuple[str, ...]
 ) -> Plan:
@@ -190,8 +196,13 @@ def make_plan(
     """
     catalogue, seen, forms = merge_parts(workspace, units)
     records = catalogue.records
+    order = np.argsort(records["rank"], kind="stable")
+    catalogue = _with_unique_keys(catalogue, order, workspace)
     fates = split_fates(catalogue, options, units)
-    events = list(_drop_duplicates(catalogue, units, fates))
+    guard, excluded = _guard(options), list[dict[str, Any]]()
+    if guard is not None:
+        excluded = list(_exclude(catalogue, units, fates, guard, options.exclude_distance))
+    events = [*excluded, *_drop_duplicates(catalogue, units, fates)]
     crossing = sum(event["kind"] == "note" for event in events)
     classes, labels, small = _keep_classes(records["label"], fates, classes, options)
     fates[small] = SMALL
@@ -200,14 +211,19 @@ def make_plan(
     plan = Plan(classes, {}, {}, seen, forms, {}, crossing)
     for fate in wanted:
         split = FATES[fate]
-        rows = shuffled(records, np.flatnonzero(fates == fate))
+        rows = order[fates[order] == fate]
         if not len(rows):
             raise UserError(f"no image is left for the {split} part; see rejected.jsonl's reasons")
-        _require_unique_keys(catalogue, rows)
         bounds = shard_bounds(write_order(catalogue, rows, labels, workspace.order(split)), options)
         with files.atomic_writer(workspace.bounds(split)) as stream:
             np.save(stream, bounds)
         plan.shards[split], plan.samples[split] = len(bounds) - 1, len(rows)
+    if guard is not None:
+        plan.notes["leakage_guard"] = {
+            "listed": guard.size,
+            "distance": options.exclude_distance,
+            **Counter(event["reason"] for event in excluded),
+        }
     plan.fates = {FATES[i]: int(n) for i, n in enumerate(np.bincount(fates, minlength=6)) if n}
     with files.atomic_writer(workspace.fate) as stream:
         np.save(stream, fates)
@@ -226,16 +242,48 @@ def load_plan(workspace: Workspace) -> Plan:
 def _drop_duplicates(
     catalogue: Catalogue, units: list[Unit], fates: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    dropped, kept, crossing = duplicates(catalogue.records)
+    alive = np.flatnonzero(fates <= VAL)
+    dropped, kept, crossing = (alive[rows] for rows in duplicates(catalogue.records[alive]))
     fates[dropped] = DUPLICATE
     for row, first in sorted(zip(dropped.tolist(), kept.tolist(), strict=True)):
-        yield _event("rejected", catalogue, units, row, "duplicate", first)
+        like = f"same bytes as {catalogue.texts(first)[0]}"
+        yield _event("rejected", catalogue, units, row, "duplicate", like)
     for one, other in sorted(crossing.tolist()):
-        yield _event("note", catalogue, units, other, "duplicate-across-classes", one)
+        like = f"same bytes as {catalogue.texts(one)[0]}"
+        yield _event("note", catalogue, units, other, "duplicate-across-classes", like)
+
+
+def _guard(options: Options) -> Guard | None:
+    if not options.exclude:
+        return None
+    return load_guard(options.exclude, near=options.exclude_distance > 0)
+
+
+def _exclude(
+    catalogue: Catalogue, units: list[Unit], fates: np.ndarray, guard: Guard, distance: int
+) -> Iterator[dict[str, Any]]:
+    found = exact_matches(catalogue.records, guard)
+    for row, sha in catalogue.raw_shas.items():
+        found[row] |= sha in guard.shas
+    if guard.names:
+        for row in range(len(found)):
+            key, member = catalogue.texts(row)
+            found[row] |= key in guard.names or member in guard.names
+    for row in np.flatnonzero(found).tolist():
+        yield _event("rejected", catalogue, units, row, "excluded-exact", "on the exclusion list")
+    fates[found] = EXCLUDED
+    if not distance:
+        return
+    rows, like, apart = near_matches(catalogue.records["phash"], guard, distance)
+    for row, other, bits in zip(rows.tolist(), like.tolist(), apart.tolist(), strict=True):
+        if not found[row]:
+            detail = f"{bits} bits from {guard.titles[other]}"
+            yield _event("rejected", catalogue, units, row, "excluded-near", detail)
+    fates[rows] = EXCLUDED
 
 
 def _event(
-    kind: str, catalogue: Catalogue, units: list[Unit], row: int, reason: str, like: int
+    kind: str, catalogue: Catalogue, units: list[Unit], row: int, reason: str, detail: str
 ) -> dict[str, Any]:
     record = catalogue.records[row]
     unit = units[record["unit"]]
@@ -248,7 +296,7 @@ def _event(
         "label": int(record["label"]),
         "split": unit.split,
         "reason": reason,
-        "detail": f"same bytes as {catalogue.texts(like)[0]}",
+        "detail": detail,
         "bytes": int(record["size"]),
         "sha256": f"{record['sha_high']:016x}{record['sha_low']:016x}",
     }
@@ -273,14 +321,29 @@ def _keep_classes(
     return kept, labels, ~keep[label] & (fates <= VAL)
 
 
-def _require_unique_keys(catalogue: Catalogue, rows: np.ndarray) -> None:
-    """Equal keys have equal ranks and so are neighbours.
+def _with_unique_keys(catalogue: Catalogue, order: np.ndarray, workspace: Workspace) -> Catalogue:
+    """Give images that would share a key (``x.png`` beside ``x.jpg``) keys of their own.
 
-    Raises:
-        UserError: two images share a key.
+    Equal keys have equal ranks, so they are neighbours in ``order``; all but the first get a
+    suffix made from the name of the member.
     """
-    ranks = catalogue.records["rank"][rows]
-    for place in np.flatnonzero(ranks[1:] == ranks[:-1]):
-        one, other = (catalogue.texts(int(rows[place + step])) for step in (0, 1))
-        if one[0] == other[0]:
-            raise UserError(f"{one[1]} and {other[1]} would share the key {one[0]}: rename one")
+    records = catalogue.records
+    ranks = records["rank"][order]
+    taken: set[str] = set()
+    place = workspace.text.stat().st_size
+    with workspace.text.open("ab") as stream:
+        for at in np.flatnonzero(ranks[1:] == ranks[:-1]):
+            one, other = int(order[at]), int(order[at + 1])
+            key, member = catalogue.texts(other)
+            if key not in taken and catalogue.texts(one)[0] != key:
+                continue  # two keys that share 64 bits of hash by chance
+            taken.add(key)
+            name = f"{records['unit'][other]}:{records['row'][other]}:{member}"
+            suffix = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            text = f"{key}-{suffix}\t{member}".encode("utf-8", "surrogateescape")
+            stream.write(text)
+            records["text_offset"][other], records["text_size"][other] = place, len(text)
+            place += len(text)
+    if not taken:
+        return catalogue
+    return Catalogue(records, np.memmap(workspace.text, np.uint8, "r"), catalogue.raw_shas)

@@ -106,6 +106,10 @@ class Workspace:
         return self.root / "build.json"
 
     @property
+    def units(self) -> Path:
+        return self.root / "units.json"
+
+    @property
     def text(self) -> Path:
         return self.root / "names.bin"
 

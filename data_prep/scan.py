@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -58,31 +59,29 @@ def scan_unit(scan: Scan, unit: Unit) -> int:
         Members seen.
     """
     path = scan.workspace.part(unit.number)
-    writer = _PartWriter(scan, unit)
-    spool_path = scan.workspace.spool(unit.number)
-    try:
-        for raw in read_unit(unit, scan.options.rules.max_bytes):
-            writer.take(raw)
-    except Damaged as error:
-        if unit.kind != "tar" or unit.label == unit.path:
-            raise
-        # One bad class archive inside a sound outer one must not stop the other 21,840.
-        writer.refuse(Raw("", unit.offset, unit.size, unit.class_id), "damaged-archive", str(error))
-    if writer.spooled:
-        with files.atomic_writer(spool_path) as stream:
-            stream.writelines(writer.spooled)
+    with contextlib.ExitStack() as stack:
+        writer = _PartWriter(scan, unit, stack)
+        try:
+            for raw in read_unit(unit, scan.options.rules.max_bytes):
+                writer.take(raw)
+        except Damaged as error:
+            if unit.kind != "tar" or unit.label == unit.path:
+                raise
+            # One bad class archive inside a sound outer one must not stop the other 21,840.
+            whole = Raw("", unit.offset, unit.size, unit.class_id)
+            writer.refuse(whole, "damaged-archive", str(error))
     part = writer.part()
     part.save(path)
     return part.seen
 
 
 class _PartWriter:
-    def __init__(self, scan: Scan, unit: Unit) -> None:
-        self.scan, self.unit = scan, unit
+    def __init__(self, scan: Scan, unit: Unit, stack: contextlib.ExitStack) -> None:
+        self.scan, self.unit, self._stack = scan, unit, stack
+        self._spool: BinaryIO | None = None
         self.rows: list[tuple[int, ...]] = []
         self.text: list[bytes] = []
         self.events: list[dict[str, Any]] = []
-        self.spooled: list[bytes] = []
         self.seen = self._spool_place = self._text_place = 0
         self._forms: Counter[str] = Counter()
         self._thumbnails: Counter[str] = Counter()
@@ -114,8 +113,7 @@ class _PartWriter:
         if good.data is not raw.data:
             flags |= SPOOLED
             offset = self._spool_place
-            self._spool_place += len(good.data)
-            self.spooled.append(good.data)
+            self._write_spool(good.data)
         if good.repairs:
             flags |= REPAIRED
             self._event("repaired", raw, list(good.repairs), "", key=key, sha256_out=digest.hex())
@@ -143,6 +141,14 @@ class _PartWriter:
         )
         self.text.append(text)
         self._text_place += len(text)
+
+    def _write_spool(self, data: bytes) -> None:
+        """Images that are not in the source as they will be written."""
+        if self._spool is None:
+            path = self.scan.workspace.spool(self.unit.number)
+            self._spool = self._stack.enter_context(files.atomic_writer(path))
+        self._spool.write(data)
+        self._spool_place += len(data)
 
     def _event(self, kind: str, raw: Raw, reasons: list[str], detail: str, **more: str) -> None:
         event: dict[str, Any] = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_prep import archives, imagenet1k
 from data_prep.options import Options
 from data_prep.records import Workspace
 from data_prep.staging import stage
+from l2vit import files
 from l2vit.errors import UserError
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
@@ -184,6 +185,22 @@ class _Listing:
                 )
 
 
+def save_units(units: list[Unit], found: set[str], workspace: Workspace) -> None:
+    """Remember the listing: unit numbers name the parts of pass 1 and must not shift."""
+    rows = [asdict(unit) for unit in units]
+    files.write_json(workspace.units, {"found": sorted(found), "units": rows})
+
+
+def load_units(workspace: Workspace) -> tuple[list[Unit], set[str]]:
+    """The listing :func:`save_units` wrote."""
+    raw = files.read_json(workspace.units, what="listing of the sources")
+    units = []
+    for row in raw["units"]:
+        entries = tuple(Entry(**entry) for entry in row.pop("entries"))
+        units.append(Unit(entries=entries, **row))
+    return units, set(raw["found"])
+
+
 def list_units(options: Options, workspace: Workspace) -> tuple[list[Unit], set[str]]:
     """Look into every source path; nothing but tar headers is read (gzip archives are staged).
 
@@ -205,11 +222,12 @@ def list_units(options: Options, workspace: Workspace) -> tuple[list[Unit], set[
         raise UserError(f"no images found in {', '.join(options.sources)}")
     units = _role_units(listing.units, options)
     units.sort(key=lambda unit: (unit.split, unit.class_id, unit.label, unit.number))
-    return [_numbered(unit, number) for number, unit in enumerate(units)], listing.classes
+    return renumbered(units), listing.classes
 
 
-def _numbered(unit: Unit, number: int) -> Unit:
-    return Unit(**{**unit.__dict__, "number": number})
+def renumbered(units: list[Unit]) -> list[Unit]:
+    """Number the units 0, 1, 2 ..."""
+    return [replace(unit, number=number) for number, unit in enumerate(units)]
 
 
 def _role_units(units: list[Unit], options: Options) -> list[Unit]:

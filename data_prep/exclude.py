@@ -1,0 +1,201 @@
+"""The leakage guard: keep given images, and near copies of them, out of the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.clean import Refused, clean
+from data_prep.options import Rules
+from data_prep.sources import IMAGE_SUFFIXES
+from l2vit.data.manifest import MANIFEST_NAME, Manifest
+from l2vit.errors import UserError
+
+_HEX = re.compile(r"[0-9a-fA-F]{64}")
+_MEMBER_LIMIT = 64 << 20
+_PAIRS = 1 << 22
+_FLAT = 16  # a hash with fewer bits set belongs to a picture without content
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What must not get in."""
+
+    shas: frozenset[str]
+    """SHA-256, hexadecimal, of source bytes or of the bytes that would be written."""
+    names: frozenset[str]
+    """Keys or member names."""
+    phashes: np.ndarray
+    """uint64 (images,)."""
+    titles: tuple[str, ...]
+    """Name of each image in ``phashes``."""
+
+    @property
+    def size(self) -> int:
+        return max(len(self.shas), len(self.titles)) + len(self.names)
+
+
+def load_guard(paths: tuple[str, ...], *, near: bool) -> Guard:
+    """Read exclusion lists.
+
+    Args:
+        paths: each a shard directory, a directory or tar (also of tars, also gzip) of images, or
+            a text file of lines that are a SHA-256 or a key or member name.
+        near: also compute perceptual hashes (every image is decoded).
+
+    Raises:
+        UserError: a path is missing, or holds nothing to exclude.
+    """
+    shas: set[str] = set()
+    names: set[str] = set()
+    hashes: list[int] = []
+    titles: list[str] = []
+    for source in paths:
+        path, before = Path(source), len(shas) + len(names)
+        if path.is_file() and not tarfile.is_tarfile(path):
+            _read_list(path, shas, names)
+        else:
+            for title, data in _images(path):
+                shas.add(hashlib.sha256(data).hexdigest())
+                if near:
+                    _add_hash(title, data, hashes, titles)
+        if len(shas) + len(names) == before:
+            raise UserError(f"--exclude {path} holds no image, hash or name to exclude")
+    return Guard(frozenset(shas), frozenset(names), np.array(hashes, np.uint64), tuple(titles))
+
+
+def _add_hash(title: str, data: bytes, hashes: list[int], titles: list[str]) -> None:
+    try:
+        good = clean(data, Rules(min_side=1, exif="keep"))
+    except Refused:
+        return  # what does not decode has no near copies; its bytes are excluded all the same
+    hashes.append(good.phash)
+    titles.append(title)
+
+
+def _read_list(path: Path, shas: set[str], names: set[str]) -> None:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--exclude {path} cannot be read as text: {error}") from error
+    for line in lines:
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        if _HEX.fullmatch(words[0]):
+            shas.add(words[0].lower())
+        else:
+            names.add(words[0])
+
+
+def _images(path: Path) -> Iterator[tuple[str, bytes]]:
+    if not path.exists():
+        raise UserError(f"--exclude {path}: not found")
+    try:
+        if (path / MANIFEST_NAME).is_file():
+            for shard in Manifest.load(path).shards:
+                yield from _tar_images(path / shard.name, 0)
+        elif path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+                    yield str(file), file.read_bytes()
+        else:
+            yield from _tar_images(path, 1)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"--exclude {path} cannot be read: {error}") from error
+
+
+def _tar_images(path: Path, depth: int) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, mode="r|*") as archive:
+        yield from _walk(archive, depth)
+
+
+def _walk(archive: tarfile.TarFile, depth: int) -> Iterator[tuple[str, bytes]]:
+    for member in archive:
+        content = archive.extractfile(member) if member.isreg() else None
+        if content is None:
+            continue
+        if member.name.endswith(".tar") and depth:
+            with tarfile.open(fileobj=content, mode="r|") as inner:
+                yield from _walk(inner, depth - 1)
+        elif Path(member.name).suffix.lower() in IMAGE_SUFFIXES and member.size <= _MEMBER_LIMIT:
+            yield member.name, content.read()
+
+
+def exact_matches(records: np.ndarray, guard: Guard) -> np.ndarray:
+    """bool (records,): the bytes written are on the list."""
+    listed = np.array(
+        sorted((int(sha[:16], 16), int(sha[16:32], 16)) for sha in guard.shas), np.uint64
+    ).reshape(-1, 2)
+    found = np.zeros(len(records), bool)
+    if len(listed):
+        for low in _aligned(records["sha_high"], listed):
+            found |= low == records["sha_low"]
+    return found
+
+
+def _aligned(high: np.ndarray, listed: np.ndarray) -> Iterator[np.ndarray]:
+    """Second halves of the listed hashes whose first half fits; one round per equal first half."""
+    start = np.searchsorted(listed[:, 0], high, side="left")
+    stop = np.searchsorted(listed[:, 0], high, side="right")
+    for step in range(int((stop - start).max(initial=0))):
+        place = np.minimum(start + step, len(listed) - 1)
+        yield np.where(start + step < stop, listed[place, 1], ~np.uint64(0))
+
+
+def near_matches(
+    hashes: np.ndarray, guard: Guard, distance: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Perceptual hashes within a Hamming distance of a listed one.
+
+    A pair that differs in at most d bits agrees on one of d + 1 blocks of bits, so only pairs
+    that share a block are compared.
+
+    Returns:
+        int64 rows of ``hashes`` (ascending), int64 the nearest listed image of each, int64 its
+        distance.
+    """
+    best = np.full(len(hashes), distance + 1, np.int64)
+    like = np.zeros(len(hashes), np.int64)
+    contents = np.flatnonzero(np.bitwise_count(guard.phashes) >= _FLAT)
+    edges = np.linspace(0, 64, distance + 2).astype(np.uint64)
+    for low, high in itertools.pairwise(edges):
+        mask = np.uint64((1 << int(high - low)) - 1)
+        listed = (guard.phashes[contents] >> low) & mask
+        order = np.argsort(listed, kind="stable")
+        listed = listed[order]
+        values = (hashes >> low) & mask
+        start = np.searchsorted(listed, values, side="left")
+        counts = np.searchsorted(listed, values, side="right") - start
+        for rows in _batches(counts):
+            count = counts[rows]
+            who = np.repeat(rows, count)
+            step = np.arange(len(who)) - np.repeat(np.cumsum(count) - count, count)
+            other = contents[order[start[who] + step]]
+            apart = np.bitwise_count(hashes[who] ^ guard.phashes[other]).astype(np.int64)
+            close = np.flatnonzero(apart <= distance)
+            for place in close:  # few: only true matches come here
+                row = who[place]
+                if (apart[place], other[place]) < (best[row], like[row]):
+                    best[row], like[row] = apart[place], other[place]
+    rows = np.flatnonzero(best <= distance)
+    return rows, like[rows], best[rows]
+
+
+def _batches(counts: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows with candidates, in runs of a few million pairs."""
+    rows = np.flatnonzero(counts)
+    ends = np.cumsum(counts[rows])
+    start = 0
+    while start < len(rows):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _PAIRS, side="right")))
+        yield rows[start:stop]
+        start = stop
