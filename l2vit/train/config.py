@@ -48,9 +48,10 @@ class InitConfig:
     """A run directory, a checkpoint in one, an exported directory, or a released file."""
     weights: Literal["auto", "raw", "ema"] = "auto"
     """auto takes the EMA where there is one."""
-    head: Literal["auto", "slice", "fresh"] = "auto"
-    """slice keeps the rows of classes both label sets know; auto: keep if the class hashes are
-    equal, slice if wnids overlap, else fresh."""
+    head: Literal["auto", "keep", "slice", "fresh"] = "auto"
+    """keep takes the source's head whole and refuses another class hash; slice keeps the rows of
+    classes both label sets know; auto: keep if the class hashes are equal, slice if wnids
+    overlap, else fresh."""
 
 
 @dataclass

@@ -1,0 +1,194 @@
+"""Who this process is among the ranks, and the few things ranks say to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from l2vit.errors import ConfigError, UserError
+
+_DEFAULT_PORT = "29533"
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process in the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    launcher: str
+    """torchrun (DeepSpeed's launcher too), slurm, mpi or none."""
+    control: Any = None
+    """A gloo group for host tensors, set by ``start``."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum of float64 values over the ranks, equal on all of them."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def max(self, value: float) -> float:
+        """Largest of the ranks' values."""
+        if self.size == 1:
+            return float(value)
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return float(tensor.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, error: UserError | None) -> None:
+        """Raise on every rank if any rank met an error, so that none waits for another.
+
+        Raises:
+            UserError: the first error; it names its rank where the ranks' errors are not the same.
+        """
+        errors = self.gather(None if error is None else (type(error), str(error)))
+        met = [(rank, *found) for rank, found in enumerate(errors) if found is not None]
+        if not met:
+            return
+        rank, kind, text = met[0]
+        shared = len(met) == self.size and len({found[2] for found in met}) == 1
+        raise kind(text if shared else f"rank {rank}: {text}")
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> World:
+    """Read the launcher's variables: the one place that knows their names.
+
+    ``RANK``/``WORLD_SIZE`` (torchrun, deepspeed) come before Slurm's and Open MPI's, which may
+    be there too when a launcher runs inside their allocation. Without any: one process.
+
+    Raises:
+        ConfigError: variables that contradict one another.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "torchrun"
+        names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+        launcher = "slurm"
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        launcher = "mpi"
+        prefix = "OMPI_COMM_WORLD_"
+        names = tuple(prefix + part for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    else:
+        return World(0, 1, 0, 1, _device(0), "none")
+    rank, size, local_rank = (_integer(env, name) for name in names[:3])
+    local_size = _integer(env, names[3]) if names[3] in env else _integer(env, "LOCAL_SIZE", size)
+    if not (0 <= rank < size and 0 <= local_rank < max(local_size, 1)):
+        raise ConfigError(f"{names[0]}={rank} and {names[2]}={local_rank} do not fit the world")
+    return World(rank, size, local_rank, local_size, _device(local_rank), launcher)
+
+
+def _integer(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    text = env.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment variable {name}={text!r} is not a number") from None
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()};"
+            " start as many processes per node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(world: World, *, timeout_seconds: float = 1800.0) -> World:
+    """Join the process group (NCCL with GPUs, gloo without); ``stop`` leaves it again.
+
+    Returns:
+        The world with its control group.
+
+    Raises:
+        UserError: the other ranks could not be met; names the address.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists on it
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        _fill_environment(world)
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"rank {world.rank} could not meet the others at {address}: {reason}"
+            ) from error
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    return dataclasses.replace(world, control=control)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fill_environment(world: World) -> None:
+    """Give torch.distributed and DeepSpeed the names they read, whoever launched us."""
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    os.environ.setdefault("MASTER_ADDR", _first_host())
+    os.environ.setdefault("MASTER_PORT", _DEFAULT_PORT)
+
+
+def _first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
+    return first_host(nodes) if nodes else "127.0.0.1"
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: ``gpu[07-09,12],cpu1`` gives ``gpu07``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    if match is None:
+        raise ConfigError(f"Slurm node list {nodes!r} is not understood; set MASTER_ADDR")
+    return match[1] + (match[2] or "")

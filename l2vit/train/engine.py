@@ -1,0 +1,339 @@
+"""DeepSpeed behind one door: precision, ZeRO partitions, the optimizer step.
+
+The precision policy is here and nowhere else: computation in bf16 (or fp16, fp32), master
+weights, gradient accumulation, gradient communication and optimizer state in fp32, BatchNorm
+statistics in fp32. The only file of the project that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from l2vit.train import fragments
+from l2vit.train.batching import Split
+from l2vit.train.config import TrainConfig
+from l2vit.train.distributed import World
+from l2vit.train.ema import Ema
+from l2vit.train.fragments import MOMENTS, Fragment, Reader
+from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did."""
+
+    applied: bool
+    """False: some rank's loss or gradient was not finite, and no rank changed its weights."""
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping; inf where it was not finite."""
+
+
+def deepspeed_config(config: TrainConfig, split: Split) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run.
+
+    The fp32 accumulation and communication dtypes are what makes every stage follow the plain
+    fp32-master loop; with DeepSpeed's defaults the stages differ from it, and from each other,
+    by about 1e-3 after a few steps.
+    """
+    zero: dict[str, Any] = {"stage": config.engine.zero_stage}
+    if config.engine.zero_stage == 3:
+        zero["memory_efficient_linear"] = False  # it computes the weight gradient differently
+    settings: dict[str, Any] = {
+        "train_batch_size": split.global_batch,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation,
+        "gradient_clipping": config.optim.clip_grad,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": _NEVER,
+    }
+    if config.engine.precision != "fp32":
+        settings[config.engine.precision] = {"enabled": True}
+    return settings
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, and its state by parameter name."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, *, world: World, split: Split
+    ) -> None:
+        """Partition ``model`` (fp32, on any device) over the ranks.
+
+        Args:
+            model: holds the initial weights, the same on every rank; cast and moved in place.
+            config: engine, optim and ema are read.
+            world: this rank's place; the process group is up.
+            split: micro-batch and accumulation.
+        """
+        self.world, self.split = world, split
+        self.dtype = DTYPES[config.engine.precision]
+        self._channels_last = config.engine.channels_last
+        masters = {name: p.detach().cpu().float().clone() for name, p in model.named_parameters()}
+        self.groups = param_groups(model, layer_decay=config.optim.layer_decay)
+        self._deepspeed = _initialize(model, config, split, self.groups, world)
+        self._zero = self._deepspeed.optimizer
+        self._flats = fragments.flat_masters(self._zero)
+        self._states = list(fragments.moments(self._zero.optimizer, self._flats))
+        self.fragments = fragments.own_fragments(self.module, self._zero, world.rank)
+        # DeepSpeed made its masters from weights already rounded to bf16.
+        self._fill(self._flats, "param", _from_tensors(masters))
+        self.ema: Ema | None = None
+        if config.ema.decay:
+            self.ema = Ema([*self._flats, *self._float_buffers().values()], config.ema.decay)
+        if config.engine.compile:
+            self._deepspeed.compile()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as it computes: in the compute dtype, stage 3's gathering hooks included."""
+        return self._deepspeed.module
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in the compute dtype, memory layout and place."""
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        return images.to(self.world.device, self.dtype, memory_format=layout)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, classes), fp32, of a training micro-batch (B, 3, H, W)."""
+        return self._deepspeed(self.prepare(images)).float()
+
+    @torch.no_grad()
+    def infer(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, classes), fp32, in evaluation; the module must be in eval mode."""
+        return self.module(self.prepare(images)).float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss.
+
+        A loss that is not finite poisons its gradient, which is finite now and then all the
+        same, so that the step's own check, in which all ranks agree, sees it.
+        """
+        poison = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+        self._deepspeed.backward(loss * poison)
+
+    def micro_step(self) -> None:
+        """End a micro-batch that is not the step's last one."""
+        self._deepspeed.step()
+
+    def step(self, *, lr: float, weight_decay: float) -> StepOutcome:
+        """End the last micro-batch: reduce, agree, and change the weights unless poisoned."""
+        set_rates(self._zero.optimizer, lr=lr, weight_decay=weight_decay)
+        self._deepspeed.step()
+        applied = not self._zero.overflow
+        if applied and self.ema is not None:
+            self.ema.update()
+        norm = self._zero._global_grad_norm
+        return StepOutcome(applied, float(norm) if applied else float("inf"))
+
+    # -- state by name
+
+    @torch.no_grad()
+    def load(self, read: Reader, *, moments: bool = True, ema: bool = True) -> None:
+        """Take masters, moments and averages from ``read``; the model computes with them at once.
+
+        Args:
+            read: gives a run of ``param/NAME``, ``moment1/NAME``, ... as the fragments ask.
+            moments: also the optimizer's moments.
+            ema: also the moving average; without, it restarts from the masters.
+        """
+        self._fill(self._flats, "param", read)
+        if moments:
+            for key, state in MOMENTS.items():
+                self._fill([held[state] for held in self._states], key, read)
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+        if self.ema is not None:
+            self.ema.reset()
+            if ema:
+                self._fill(self.ema.averages[: len(self._flats)], "ema", read)
+                for name, average in self._ema_buffers().items():
+                    average.copy_(read(f"ema/{name}", 0, average.numel()).view(average.shape))
+        self._publish(self._flats)
+
+    def tensors(self) -> Iterator[tuple[str, Fragment, torch.Tensor]]:
+        """Views of this rank's state: (``param/NAME``, its fragment, 1-D fp32 elements)."""
+        kinds = {"param": self._flats}
+        for key, state in MOMENTS.items():
+            kinds[key] = [held[state] for held in self._states]
+        if self.ema is not None:
+            kinds["ema"] = self.ema.averages
+        for kind, flats in kinds.items():
+            for fragment in self.fragments:
+                yield f"{kind}/{fragment.name}", fragment, fragment.of(flats)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """``buffer/NAME`` and ``ema/NAME`` of the buffers, on the device."""
+        found = {f"buffer/{name}": buffer for name, buffer in self.module.named_buffers()}
+        if self.ema is not None:
+            found |= {f"ema/{name}": average for name, average in self._ema_buffers().items()}
+        return found
+
+    @property
+    def applied_steps(self) -> int:
+        """Optimizer steps behind the moments (skipped ones do not count)."""
+        return int(self._states[0]["step"].item()) if self._states else 0
+
+    @applied_steps.setter
+    def applied_steps(self, steps: int) -> None:
+        for state in self._states:
+            state["step"].fill_(steps)
+
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """fp16's dynamic loss scale and its counters; empty in other precisions."""
+        scaler = self._zero.loss_scaler if self.dtype == torch.float16 else None
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+    @loss_scaler.setter
+    def loss_scaler(self, values: Mapping[str, float]) -> None:
+        if self.dtype == torch.float16:
+            for name, value in values.items():
+                setattr(self._zero.loss_scaler, name, value)
+
+    @torch.no_grad()
+    def average_buffers(self) -> None:
+        """Make BatchNorm statistics (and their average) the mean over ranks, on every rank."""
+        if self.world.size == 1:
+            return
+        held = [*self._float_buffers().values(), *self._ema_buffers().values()]
+        if not held:
+            return
+        flat = torch.cat([buffer.reshape(-1) for buffer in held])
+        dist.all_reduce(flat)
+        flat /= self.world.size
+        for buffer, mean in zip(held, flat.split([b.numel() for b in held]), strict=True):
+            buffer.copy_(mean.view(buffer.shape))
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within, the model computes with the moving average."""
+        assert self.ema is not None, "the run keeps no moving average"
+        held = {name: buffer.clone() for name, buffer in self._float_buffers().items()}
+        self._publish(self.ema.averages)
+        self._set_buffers(self._ema_buffers())
+        try:
+            yield
+        finally:
+            self._publish(self._flats)
+            self._set_buffers(held)
+
+    @torch.no_grad()
+    def param_norm(self) -> float:
+        """L2 norm of the fp32 master weights over all ranks."""
+        square = sum(float(flat.detach().double().square().sum()) for flat in self._flats)
+        return self.world.sum([square])[0] ** 0.5
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks."""
+        self._deepspeed.destroy()
+
+    # -- the partition
+
+    @torch.no_grad()
+    def _fill(self, flats: list[torch.Tensor], kind: str, read: Reader) -> None:
+        for fragment in self.fragments:
+            source = read(f"{kind}/{fragment.name}", fragment.start, fragment.numel)
+            fragment.of(flats).copy_(source)
+
+    @torch.no_grad()
+    def _publish(self, flats: list[torch.Tensor]) -> None:
+        """Put the fp32 values of all ranks' partitions into the model, in its own dtype."""
+        named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        sizes = [_numel(parameter) for parameter in named.values()]
+        whole = torch.zeros(sum(sizes), dtype=self.dtype, device=self.world.device)
+        parts = dict(zip(named, whole.split(sizes), strict=True))
+        for fragment in self.fragments:
+            run = parts[fragment.name].narrow(0, fragment.start, fragment.numel)
+            run.copy_(fragment.of(flats))
+        if self.world.size > 1:
+            dist.all_reduce(whole)  # every element comes from one rank; the others add 0
+        for name, parameter in named.items():
+            _assign(parameter, parts[name], self.world.rank)
+
+    def _float_buffers(self) -> dict[str, torch.Tensor]:
+        return {n: b for n, b in self.module.named_buffers() if b.is_floating_point()}
+
+    def _ema_buffers(self) -> dict[str, torch.Tensor]:
+        if self.ema is None:
+            return {}
+        averages = self.ema.averages[len(self._flats) :]
+        return dict(zip(self._float_buffers(), averages, strict=True))
+
+    def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, buffer in self._float_buffers().items():
+            buffer.copy_(values[name])
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return torch.Size(fragments.full_shape(parameter)).numel()
+
+
+def _assign(parameter: Any, whole: torch.Tensor, rank: int) -> None:
+    if not fragments.is_stage3(parameter):
+        parameter.data.copy_(whole.view(parameter.shape))
+        return
+    share = parameter.ds_tensor.numel()
+    mine = whole.narrow(0, min(rank * share, whole.numel()), _own(rank, share, whole.numel()))
+    parameter.ds_tensor.view(-1).narrow(0, 0, mine.numel()).copy_(mine)
+    if parameter.numel() == whole.numel():  # small parameters stay whole on every rank
+        parameter.data.copy_(whole.view(parameter.ds_shape))
+
+
+def _own(rank: int, share: int, numel: int) -> int:
+    return max(0, min(share, numel - rank * share))
+
+
+def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> Reader:
+    def read(key: str, start: int, numel: int) -> torch.Tensor:
+        return tensors[key.partition("/")[2]].reshape(-1).narrow(0, start, numel)
+
+    return read
+
+
+def _initialize(
+    model: nn.Module, config: TrainConfig, split: Split, groups: list[Any], world: World
+) -> Any:
+    """Wrap ``model``; DeepSpeed's engine."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        # Else it compiles, for a minute, a shared-memory operator that training does not use.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(world.device)
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer = make(
+        optimizer_groups(groups, config.optim.weight_decay),
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        fused=True if world.device.type == "cuda" else None,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports its memory, twenty lines of it
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, split),
+            dist_init_required=False,
+        )
+    for name, buffer in engine.module.named_buffers():
+        buffer.data = statistics[name].to(world.device)  # never let the statistics become bf16
+    return engine

@@ -1,0 +1,128 @@
+"""Making the model of a run, and finding a micro-batch that fits into memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from l2vit.errors import ConfigError
+from l2vit.train.batching import Split, halve
+from l2vit.train.config import TrainConfig
+from l2vit.train.distributed import World
+from l2vit.train.engine import DTYPES
+
+
+def create(config: TrainConfig, *, classes: int) -> nn.Module:
+    """The run's model with fresh weights, the same for the same ``run.seed``.
+
+    ``window_size`` and ``img_size`` are passed to models that take them.
+
+    Raises:
+        ConfigError: timm knows no such model, or it refuses an argument.
+    """
+    import l2vit  # noqa: F401  registers our models with timm
+
+    settings = config.model
+    if settings.name not in timm.list_models():
+        close = timm.list_models(f"*{settings.name.split('_')[0]}*")[:5]
+        hint = f"; similar: {', '.join(close)}" if close else ""
+        raise ConfigError(f"model.name: timm knows no {settings.name!r}{hint}")
+    arguments: dict[str, Any] = {
+        "num_classes": classes,
+        "drop_path_rate": settings.drop_path_rate,
+        "window_size": settings.window_size,
+        "img_size": config.data.input_size,
+        **settings.args,
+    }
+    optional = [name for name in ("window_size", "img_size") if name not in settings.args]
+    while True:
+        torch.manual_seed(config.run.seed)
+        try:
+            model = timm.create_model(settings.name, **arguments)
+            break
+        except TypeError as error:
+            refused = next((name for name in optional if f"'{name}'" in str(error)), None)
+            if refused is None:
+                raise ConfigError(f"model.args: {settings.name}: {error}") from None
+            optional.remove(refused)
+            del arguments[refused]
+    if config.engine.grad_checkpointing:
+        _checkpoint_gradients(model, settings.name)
+    return model
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise ConfigError(f"engine.grad_checkpointing: {name} cannot; set it to false") from None
+
+
+def fit_micro_batch(
+    model: nn.Module, config: TrainConfig, split: Split, *, world: World, classes: int
+) -> Split:
+    """Halve the micro-batch until one forward and backward pass fits, on every rank.
+
+    The pass runs on a copy of the model, beside as much memory as the engine's fp32 state will
+    take, and without any communication, so that ranks cannot wait for one that ran out.
+
+    Raises:
+        ConfigError: even the smallest possible micro-batch does not fit.
+    """
+    group = config.augment.mix_group
+    while world.max(float(not _fits(model, config, split, world, classes))) > 0:
+        smaller = halve(split, multiple_of=group)
+        if smaller is None:
+            raise ConfigError(
+                f"engine.micro_batch: out of memory even with {split.micro_batch} images; set"
+                " engine.grad_checkpointing=true or engine.zero_stage=3, or use more GPUs"
+            )
+        if world.main:
+            print(
+                f"out of memory with micro-batch {split.micro_batch}: trying"
+                f" {smaller.micro_batch} × accumulation {smaller.accumulation}",
+                flush=True,
+            )
+        split = smaller
+    return split
+
+
+def _fits(model: nn.Module, config: TrainConfig, split: Split, world: World, classes: int) -> bool:
+    try:
+        _try_pass(model, config, split, world, classes)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _try_pass(
+    model: nn.Module, config: TrainConfig, split: Split, world: World, classes: int
+) -> None:
+    """One forward and backward pass on a copy; what it holds is free again on return."""
+    dtype, size, device = DTYPES[config.engine.precision], config.data.input_size, world.device
+    state = torch.empty(_state_bytes(model, config, world.size), dtype=torch.uint8, device=device)
+    twin = copy.deepcopy(model).to(device).train()
+    for parameter in twin.parameters():  # buffers stay fp32, as in the engine
+        parameter.data = parameter.data.to(dtype)
+    images = torch.zeros(split.micro_batch, 3, size, size, dtype=dtype, device=device)
+    logits = twin(images.contiguous(memory_format=torch.channels_last)).float()
+    F.cross_entropy(logits, torch.full_like(logits, 1 / classes)).backward()
+    del state
+
+
+def _state_bytes(model: nn.Module, config: TrainConfig, world: int) -> int:
+    """Bytes of the engine's fp32 state on one rank: masters, moments, average, gradients."""
+    parameters = sum(p.numel() for p in model.parameters())
+    kinds = 3 + bool(config.ema.decay)
+    gradients = parameters if config.engine.zero_stage == 1 else parameters // world
+    return 4 * (kinds * parameters // world + gradients)

@@ -1,0 +1,142 @@
+"""Durations in one unit inside (steps) and any unit outside; the learning rate as a function."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from l2vit.errors import ConfigError
+from l2vit.train.config import OptimConfig, ScheduleConfig
+
+_UNITS = ("steps", "epochs", "images")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A number and a unit, such as ``90 epochs``."""
+
+    value: float
+    unit: str
+    """One of steps, epochs, images."""
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """Read ``90 epochs``, ``310800 steps`` or ``1e6 images`` (singular forms too).
+
+        Raises:
+            ConfigError: says what a duration looks like.
+        """
+        match = re.fullmatch(r"\s*([-+.\deE]+)\s*([a-z]+?)s?\s*", text)
+        try:
+            if match is None or f"{match[2]}s" not in _UNITS:
+                raise ValueError
+            value, unit = float(match[1]), f"{match[2]}s"
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f"{text!r} is not a duration such as '90 epochs', '1000 steps' or '1e6 images'"
+            ) from None
+        return cls(value, unit)
+
+    def steps(self, steps_per_epoch: int, global_batch: int) -> int:
+        """Whole optimizer steps in this duration, rounded down."""
+        factor = {"steps": 1.0, "epochs": float(steps_per_epoch), "images": 1 / global_batch}
+        # 0.1 epochs of 310 steps is 31.000000000000004 or 30.999999999999996: neither is meant.
+        return math.floor(self.value * factor[self.unit] + 1e-6)
+
+
+def steps_of(text: str, key: str, steps_per_epoch: int, global_batch: int) -> int:
+    """Steps of the duration ``text`` found under the configuration key ``key``."""
+    try:
+        return Duration.parse(text).steps(steps_per_epoch, global_batch)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def interval_of(text: str, key: str, steps_per_epoch: int, global_batch: int) -> int:
+    """Like ``steps_of`` for something that recurs: at least 1 step; empty text means never (0)."""
+    if not text:
+        return 0
+    return max(1, steps_of(text, key, steps_per_epoch, global_batch))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay as pure functions of the optimizer step."""
+
+    peak: float
+    start: float
+    lowest: float
+    decay: float
+    warmup: int
+    """Steps of linear warm-up (W)."""
+    cosine_end: int
+    """Step at which the cosine reaches ``lowest`` (T)."""
+    total: int
+    """All steps of the run: T and the cool-down."""
+    convention: str = "paper"
+
+    @classmethod
+    def build(
+        cls, schedule: ScheduleConfig, optim: OptimConfig, *, steps_per_epoch: int
+    ) -> Schedule:
+        """The schedule of a run over a data set of ``steps_per_epoch`` global batches.
+
+        Raises:
+            ConfigError: a malformed duration, a run without steps, a warm-up longer than it.
+        """
+
+        def steps(key: str) -> int:
+            text = getattr(schedule, key)
+            return steps_of(text, f"schedule.{key}", steps_per_epoch, schedule.global_batch)
+
+        warmup, length, cooldown = steps("warmup"), steps("length"), steps("cooldown")
+        if length < 1:
+            raise ConfigError(
+                f"schedule.length: {schedule.length} is less than one step of"
+                f" schedule.global_batch={schedule.global_batch} images"
+            )
+        if warmup > length:
+            raise ConfigError(
+                f"schedule.warmup: {schedule.warmup} ({warmup} steps) is longer than"
+                f" schedule.length: {schedule.length} ({length} steps)"
+            )
+        return cls(
+            peak=optim.lr,
+            start=schedule.start_lr,
+            lowest=schedule.min_lr,
+            decay=optim.weight_decay,
+            warmup=warmup,
+            cosine_end=length,
+            total=length + cooldown,
+            convention=schedule.convention,
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate set before optimizer step ``step`` (counted from 0)."""
+        return self._swin(max(step - 1, 0)) if self.convention == "swin" else self._paper(step)
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of step ``step``: constant in every recipe here."""
+        return self.decay
+
+    def _paper(self, i: int) -> float:
+        """Warm-up reaches the peak at its last step, then the cosine begins (paper Table 9)."""
+        if i < self.warmup:
+            share = i / (self.warmup - 1) if self.warmup > 1 else 1.0
+            return self.start + (self.peak - self.start) * share
+        return self._cosine(i - self.warmup, self.cosine_end - self.warmup)
+
+    def _swin(self, t: int) -> float:
+        """The cosine counts from the first step, so it is a little below the peak at first."""
+        if t < self.warmup:
+            return self.start + t * (self.peak - self.start) / self.warmup
+        return self._cosine(t, self.cosine_end)
+
+    def _cosine(self, passed: int, length: int) -> float:
+        if passed >= length:
+            return self.lowest
+        share = (1 + math.cos(math.pi * passed / length)) / 2
+        return self.lowest + (self.peak - self.lowest) * share

@@ -1,0 +1,83 @@
+"""``python -m pretrain plan``: what a run needs and takes, before it is paid for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2vit import cli, config
+from l2vit.data.manifest import MANIFEST_NAME, Manifest
+from l2vit.errors import ConfigError
+from l2vit.plan import compare, devices, report
+from l2vit.plan.estimate import Cluster, Work, estimate
+from l2vit.train.config import TrainConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of a run (see ``--help``); starts nothing and needs no GPU."""
+    return cli.run(lambda: _main(argv), program="pretrain plan")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain plan",
+        description="Predict steps, memory, time, cost and disk of a run. Needs no GPU and, with"
+        " --images and --classes, no data.",
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="the run's YAML (pretrain/configs or finetune/configs)")
+    add("--gpus", type=int, default=8, help="ranks in all (default 8)")
+    add("--per-node", type=int, default=8, help="ranks on a node (default 8)")
+    add("--device", default="h100", help="h100, h200, a100 or a YAML file (docs/cluster.md)")
+    add("--images", type=int, help="training images; default: data.train's manifest")
+    add("--classes", type=int, help="classes; default: data.train's manifest")
+    add("--val-images", type=int, help="images of an evaluation; default: data.val's manifest")
+    add("--price", type=float, default=0.0, help="money for a GPU-hour")
+    add("--compare", metavar="RUN", type=Path, help="a run directory: predicted beside actual")
+    add("--json", action="store_true", help="print values for programs")
+    add("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    return parser
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = _parser().parse_intermixed_args(argv)
+    settings = config.load(TrainConfig, options.config, options.overrides)
+    for name in ("gpus", "per_node"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
+    cluster = Cluster(devices.find(options.device), options.gpus, options.per_node)
+    found = estimate(settings, cluster, _work(options, settings))
+    predicted = report.values(found, price=options.price)
+    if options.compare:
+        actual = compare.measured(options.compare)
+        print(json.dumps(actual, indent=1) if options.json else compare.text(predicted, actual))
+    elif options.json:
+        print(json.dumps(predicted, indent=1))
+    else:
+        print(report.text(found, price=options.price))
+    return 0
+
+
+def _work(options: argparse.Namespace, settings: TrainConfig) -> Work:
+    """Images and classes: as given, else from the manifests."""
+    train, val = (_manifest(path) for path in (settings.data.train, settings.data.val))
+    images = options.images or (train.samples if train else 0)
+    classes = options.classes or (len(train.classes) if train else 0)
+    if not (images and classes):
+        raise ConfigError(
+            f"data.train: no manifest in {settings.data.train!r} yet; give --images and --classes"
+        )
+    given = options.val_images is not None
+    work = Work(images, classes, options.val_images if given else (val.samples if val else 0))
+    if train is None:
+        return work
+    size = sum(shard.bytes for shard in train.shards) / max(1, train.samples)
+    return Work(work.images, work.classes, work.val_images, size)
+
+
+def _manifest(directory: str) -> Manifest | None:
+    if directory and (Path(directory) / MANIFEST_NAME).is_file():
+        return Manifest.load(Path(directory))
+    return None
