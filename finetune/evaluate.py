@@ -1,0 +1,307 @@
+"""Exact accuracy of a run, a checkpoint or an exported model on shards or class folders.
+
+`python -m finetune.evaluate --model PATH --data SHARDS [--input-size N] [--json FILE]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune import datasets, pictures
+from finetune.datasets import Dataset
+from finetune.scores import Scores
+from l2vit import cli, files
+from l2vit.data.loaders import eval_loader
+from l2vit.errors import ConfigError
+from l2vit.train import sources
+from l2vit.train.distributed import World
+from l2vit.train.evaluate import evaluate as tally
+from l2vit.train.sources import Preprocessing, Source
+from l2vit.train.transfer import padding_warnings
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to run an evaluation; none of it changes what is counted, but for precision."""
+
+    backend: str = "host"
+    batch: int = 64
+    threads: int = 2
+    precision: str = "fp32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass
+class Result:
+    """What an evaluation found."""
+
+    scores: Scores
+    loss: float
+    seconds: float
+    compute_seconds: float
+    """Of ``seconds``, the time spent in the model rather than waiting for images."""
+
+    def summary(self) -> dict[str, Any]:
+        """Accuracy, calibration and throughput."""
+        images = len(self.scores.labels)
+        return {
+            **self.scores.summary(),
+            "loss": self.loss,
+            "seconds": self.seconds,
+            "images_per_second": images / self.seconds,
+            "model_images_per_second": images / max(self.compute_seconds, 1e-9),
+        }
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate_model(
+    model: nn.Module, dataset: Dataset, preprocessing: Preprocessing, setting: Setting
+) -> Result:
+    """Evaluate ``model`` on every image of ``dataset`` once.
+
+    Args:
+        model: in evaluation mode, on ``setting.device``.
+        dataset: says which outputs count and what is right.
+        preprocessing: input size, crop and normalisation.
+        setting: how to run.
+    """
+    scores = Scores(dataset.classes, dataset.accepted)
+    loader = _loader(dataset, preprocessing, setting)
+    timed = _Timed(_forward(model, dataset, setting), setting.device)
+    world = World(0, 1, 0, 1, setting.device, "none")
+    began = time.perf_counter()
+    try:
+        total = tally(timed, loader, world=world, observe=scores.observe)
+    finally:
+        loader.close()
+    seconds = time.perf_counter() - began
+    return Result(scores, total.mean_loss, seconds, timed.seconds)
+
+
+def _loader(dataset: Dataset, preprocessing: Preprocessing, setting: Setting) -> Any:
+    if dataset.images:
+        return datasets.FolderLoader(
+            dataset.images,
+            preprocessing,
+            batch=setting.batch,
+            threads=setting.threads,
+            device=setting.device,
+        )
+    return eval_loader(
+        dataset.path,
+        backend=setting.backend,
+        input_size=preprocessing.input_size,
+        crop_fraction=preprocessing.crop_fraction,
+        crop_mode=preprocessing.crop_mode,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        threads=setting.threads,
+        prefetch=2,
+        rank=0,
+        world=1,
+        batch=setting.batch,
+        device=setting.device,
+    )
+
+
+def _forward(model: nn.Module, dataset: Dataset, setting: Setting) -> Callable[[Tensor], Tensor]:
+    dtype = _PRECISIONS[setting.precision]
+    columns = None
+    if dataset.columns is not None:
+        columns = torch.tensor(dataset.columns, device=setting.device)
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(setting.device.type, dtype, enabled=dtype is not None):
+            logits = model(images).float()
+        if columns is None:
+            return logits
+        chosen = logits[:, columns.clamp(min=0)]
+        return chosen.masked_fill(columns < 0, torch.finfo(chosen.dtype).min)
+
+    return forward
+
+
+class _Timed:
+    """A forward that adds up its own time, waiting for the GPU."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._forward, self._device = forward, device
+        self.seconds = 0.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        began = time.perf_counter()
+        logits = self._forward(images)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds += time.perf_counter() - began
+        return logits
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    return cli.run(lambda: _run(options), program="finetune.evaluate")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
+    add("--data", required=True, type=Path, help="shard directory, or a folder per class")
+    add("--name", default="", help="registry name, for released files of other networks")
+    add("--weights", choices=("auto", "raw", "ema"), default="auto")
+    add("--label-set", choices=datasets.LABEL_SETS, default="data")
+    add("--input-size", type=int, default=0, help="pixels; default: as the model was exported")
+    add("--window-size", type=int, default=0)
+    add("--crop-fraction", type=float, default=0.0)
+    add("--crop-mode", choices=("center", "squash"))
+    add("--backend", choices=("host", "dali"), default="host", help="host decodes as timm does")
+    add("--batch", type=int, default=64)
+    add("--threads", type=int, default=2)
+    add("--precision", choices=tuple(_PRECISIONS), default="fp32")
+    add("--device", default="")
+    add("--json", type=Path, help="all figures, per class too")
+    add("--picture", type=Path, help="PNG: worst classes' confusion and reliability curve")
+    add("--predictions", type=Path, help="CSV: one line an image")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.batch < 1 or options.threads < 0 or options.input_size < 0:
+        raise ConfigError("--batch must be at least 1, --threads and --input-size not negative")
+    source = sources.read(options.model, weights=options.weights, model=options.name)
+    dataset = datasets.open_dataset(options.data, source, options.label_set)
+    preprocessing = _preprocessing(options, source)
+    setting = Setting(
+        options.backend,
+        options.batch,
+        options.threads,
+        options.precision,
+        torch.device(options.device) if options.device else default_device(),
+    )
+    for line in _notes(source, dataset, preprocessing, options.window_size):
+        print(f"finetune.evaluate: note: {line}", file=sys.stderr)
+    model = source.build(window_size=options.window_size, input_size=options.input_size)
+    result = evaluate_model(model.to(setting.device), dataset, preprocessing, setting)
+    _print(source, dataset, preprocessing, result)
+    if options.json:
+        files.write_json(options.json, _record(options, source, dataset, preprocessing, result))
+    if options.picture:
+        pictures.accuracy_picture(result.scores, _names(source), options.picture)
+    if options.predictions:
+        files.write_text(options.predictions, _table(dataset, result.scores))
+
+
+def _preprocessing(options: argparse.Namespace, source: Source) -> Preprocessing:
+    changed = {
+        "input_size": options.input_size,
+        "crop_fraction": options.crop_fraction,
+        "crop_mode": options.crop_mode,
+    }
+    return replace(source.preprocessing, **{k: v for k, v in changed.items() if v})
+
+
+def _notes(
+    source: Source, dataset: Dataset, preprocessing: Preprocessing, window: int
+) -> Iterator[str]:
+    yield from (line for line in (source.note, dataset.assumption) if line)
+    if dataset.columns is not None:
+        unknown = [c for c, row in zip(dataset.classes, dataset.columns, strict=True) if row < 0]
+        yield f"answers restricted to the {len(dataset.columns)} classes of the label set"
+        if unknown:
+            yield (
+                f"the model does not know {len(unknown)} of them (first: {unknown[0]}): their"
+                " images count as wrong"
+            )
+    window = window or source.model_args.get("window_size", 0)
+    if window:
+        yield from padding_warnings(source.model, preprocessing.input_size, window)
+
+
+def _print(source: Source, dataset: Dataset, preprocessing: Preprocessing, result: Result) -> None:
+    found = result.summary()
+    print(f"model    {source.model} ({source.which}) from {source.path}")
+    print(f"data     {dataset.path} at {preprocessing.input_size}x{preprocessing.input_size}")
+    print(f"top-1    {found['top1']:.3f}%  ({found['top1_right']} of {found['count']})")
+    print(f"top-5    {found['top5']:.3f}%  ({found['top5_right']} of {found['count']})")
+    print(f"count    {found['count']}")
+    print(f"loss     {found['loss']:.4f}   calibration error {100 * found['ece']:.2f}%")
+    print(
+        f"speed    {found['images_per_second']:.1f} images/s"
+        f" (model alone {found['model_images_per_second']:.1f})",
+        flush=True,
+    )
+
+
+def _names(source: Source) -> dict[str, str]:
+    return dict(zip(source.classes, source.class_names, strict=False))
+
+
+def _record(
+    options: argparse.Namespace,
+    source: Source,
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    result: Result,
+) -> dict[str, Any]:
+    reliability = result.scores.reliability()
+    names = _names(source)
+    return {
+        "model": str(source.path),
+        "architecture": source.model,
+        "weights": source.which,
+        "data": str(dataset.path),
+        "manifest_hash": dataset.identity,
+        "label_set": options.label_set,
+        "input_size": preprocessing.input_size,
+        "window_size": options.window_size or source.model_args.get("window_size"),
+        "crop_fraction": preprocessing.crop_fraction,
+        "crop_mode": preprocessing.crop_mode,
+        "precision": options.precision,
+        "backend": "folder" if dataset.images else options.backend,
+        **result.summary(),
+        "reliability": {
+            "counts": reliability.counts.tolist(),
+            "confidence": reliability.confidence.tolist(),
+            "accuracy": reliability.accuracy.tolist(),
+        },
+        "per_class": [
+            {**entry, "name": names.get(entry["class"], "")} for entry in result.scores.per_class()
+        ],
+    }
+
+
+def _table(dataset: Dataset, scores: Scores) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "answer", "confidence"])
+    rows = zip(scores.ids, scores.labels, scores.answers[:, 0], scores.confidence, strict=True)
+    for number, label, answer, confidence in sorted(rows):
+        name, classes = dataset.names[number], dataset.classes
+        writer.writerow([name, classes[label], classes[answer], f"{confidence:.6f}"])
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Turn a trained model into a directory timm loads, with proof that it is the same model.
+
+`python -m finetune.export_timm --checkpoint PATH --out DIR`
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from finetune import datasets, formats, model_card, sample_images, verification
+from finetune.evaluate import Setting, default_device, evaluate_model
+from finetune.sample_images import Sample
+from l2vit import cli, files
+from l2vit.errors import ConfigError, UserError
+from l2vit.train import sources
+from l2vit.train.sources import Source
+from l2vit.train.transfer import padding_warnings
+
+CERTIFICATE = "certificate.json"
+_FORMAT = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    return cli.run(lambda: _run(options), program="finetune.export_timm")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune.export_timm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="run, checkpoint or released file")
+    add("--out", required=True, type=Path, help="directory to make")
+    add("--model", default="", help="registry name, for released files of other networks")
+    add("--window-size", type=int, default=0, help="another window than the trained one")
+    add("--input-size", type=int, default=0, help="another input size than the trained one")
+    add("--crop-fraction", type=float, default=0.0)
+    add("--crop-mode", choices=("center", "squash"))
+    add("--weights", choices=("auto", "raw", "ema"), default="auto", help="auto: EMA if any")
+    add("--ema", action="store_const", const="ema", dest="weights", help="as --weights ema")
+    add("--images", type=Path, help="pictures for the proof; default: the run's data.val")
+    add("--proof-images", type=int, default=64, help="how many; 0 for all of them")
+    add("--evaluate", type=Path, help="shards or folders: accuracy of all images, both ways")
+    add("--onnx", action="store_true", help="also model.onnx, checked with onnxruntime")
+    add("--torch-export", action="store_true", help="also model.pt2 (torch.export), checked")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.window_size < 0 or options.input_size < 0 or options.proof_images < 0:
+        raise ConfigError("--window-size, --input-size and --proof-images must not be negative")
+    _require_free(options.out)
+    source = _adjusted(
+        sources.read(options.checkpoint, weights=options.weights, model=options.model), options
+    )
+    for line in _notes(source):
+        print(f"finetune.export_timm: note: {line}", file=sys.stderr)
+    samples, origin = proof_samples(source, options.images, options.proof_images)
+    temporary = options.out.with_name(options.out.name + files.TEMPORARY_SUFFIX)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _fill(temporary, source, samples, origin, options)
+        _replace(temporary, options.out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"exported {options.out}: {source.model}, {source.which} weights of {source.path}")
+
+
+def _require_free(out: Path) -> None:
+    """Refuse to replace anything that is not an earlier export."""
+    if out.exists() and not (out / CERTIFICATE).is_file() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is no earlier export; choose another --out")
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    files.sync_directory(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _adjusted(source: Source, options: argparse.Namespace) -> Source:
+    """The source with the window, size and crop the command line asks for."""
+    arguments = dict(source.model_args)
+    if options.window_size:
+        arguments["window_size"] = options.window_size
+    if options.input_size and "img_size" in arguments:
+        arguments["img_size"] = options.input_size
+    shown = {
+        "input_size": options.input_size,
+        "crop_fraction": options.crop_fraction,
+        "crop_mode": options.crop_mode,
+    }
+    changed = {key: value for key, value in shown.items() if value}
+    return replace(
+        source,
+        model_args=arguments,
+        preprocessing=replace(source.preprocessing, **changed),
+        class_names=source.class_names or sources.describe_classes(source.classes),
+    )
+
+
+def _notes(source: Source) -> list[str]:
+    notes = [source.note] if source.note else []
+    window = source.model_args.get("window_size")
+    if window:
+        notes += padding_warnings(source.model, source.preprocessing.input_size, window)
+    return notes
+
+
+def proof_samples(source: Source, images: Path | None, count: int) -> tuple[list[Sample], str]:
+    """Pictures for the proof: ``images``, else the run's validation shards, else embedded ones.
+
+    Returns:
+        The pictures and where they come from, in words.
+    """
+    if images is not None:
+        return sample_images.samples_at(images, count), str(images)
+    val = source.training.get("config", {}).get("data", {}).get("val", "")
+    if val and Path(val).is_dir():
+        return sample_images.samples_at(Path(val), count), f"from {val}"
+    return sample_images.embedded(), "scikit-learn's sample photographs; the run's are not here"
+
+
+def _fill(
+    directory: Path,
+    source: Source,
+    samples: list[Sample],
+    origin: str,
+    options: argparse.Namespace,
+) -> None:
+    trained = source.build()
+    write_model(directory, source, trained)
+    proof, logits = verification.prove(directory, source, trained, samples)
+    certificate: dict[str, Any] = {
+        "format": _FORMAT,
+        "source": str(source.path),
+        "weights": source.which,
+        "step": source.training.get("step"),
+        "pictures": origin,
+        "timm": proof.as_dict(),
+    }
+    inputs = verification.inputs_of(source, samples)
+    for wanted, make in ((options.onnx, formats.onnx), (options.torch_export, formats.export)):
+        if wanted:
+            name, answers = make(directory, trained, inputs)
+            other = verification.compare(logits, answers, samples, source.classes)
+            verification.require(other, name, formats.TOLERANCE)
+            certificate[name] = other.as_dict()
+    full = {}
+    if options.evaluate is not None:
+        full = evaluate_both(directory, source, trained, options.evaluate)
+        certificate["evaluation"] = full
+    text = model_card.card(source, proof, origin, full, options.out)
+    files.write_text(directory / "README.md", text)
+    names = sorted(path.name for path in directory.iterdir())
+    certificate["sha256"] = {name: files.sha256_file(directory / name) for name in names}
+    certificate["versions"] = {"torch": torch.__version__, "timm": timm.__version__}
+    files.write_json(directory / CERTIFICATE, certificate)
+    _print(certificate)
+
+
+def write_model(directory: Path, source: Source, model: nn.Module) -> None:
+    """Write ``model.safetensors`` and ``config.json`` of ``model`` (built from ``source``)."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt"}  # what timm and transformers look for
+    data = safetensors.torch.save(tensors, metadata=metadata)
+    files.write_bytes(directory / sources.TIMM_WEIGHTS, data)
+    registered: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    features = int(model.num_features)  # type: ignore[arg-type]
+    config = model_card.timm_config(source, features, registered)
+    files.write_json(directory / sources.TIMM_CONFIG, config)
+
+
+def evaluate_both(
+    directory: Path, source: Source, trained: nn.Module, data: Path
+) -> dict[str, Any]:
+    """Accuracy of the trained and of the exported model on every image of ``data``.
+
+    Raises:
+        UserError: they differ in the answer to any image; names the first.
+    """
+    setting = Setting(device=default_device())
+    dataset = datasets.open_dataset(data, source)
+    exported = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=True).eval()
+    found = []
+    for model in (trained, exported):
+        model.to(setting.device)
+        found.append(evaluate_model(model, dataset, source.preprocessing, setting))
+        model.to("cpu")
+    before, after = (result.scores for result in found)
+    different = (before.answers[:, 0] != after.answers[:, 0]).nonzero()[0]
+    if len(different):
+        image = dataset.names[int(before.ids[different[0]])]
+        raise UserError(
+            f"exported and trained model differ on {len(different)} images of {data}, the first is"
+            f" {image}; nothing was exported"
+        )
+    summary = after.summary()
+    kept = {
+        key: summary[key] for key in ("count", "top1_right", "top5_right", "top1", "top5", "ece")
+    }
+    return {
+        "data": str(data),
+        "manifest_hash": dataset.identity,
+        **kept,
+        "top1_right_trained": before.summary()["top1_right"],
+    }
+
+
+def _print(certificate: dict[str, Any]) -> None:
+    proof = certificate["timm"]
+    print(
+        f"proof on {proof['images']} pictures ({certificate['pictures']}): largest logit difference"
+        f" {proof['largest_logit_difference']:.3g}, same first answer on"
+        f" {proof['same_first_answer']}, right {proof['top1_right_trained']} trained"
+        f" / {proof['top1_right_exported']} exported"
+    )
+    full = certificate.get("evaluation")
+    if full:
+        print(
+            f"all {full['count']} images of {full['data']}: top-1 {full['top1']:.3f}%,"
+            f" {full['top1_right_trained']} right trained / {full['top1_right']} exported"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

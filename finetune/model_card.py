@@ -1,0 +1,206 @@
+"""config.json and README.md of an exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.verification import Proof
+from l2vit.train.sources import Source
+
+_CARD = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- l2vit
+---
+# {title}
+
+{origin}
+
+| | |
+|---|---|
+| architecture | `{model}` with {arguments} |
+| input | {size}×{size}, {crop}, bicubic, mean {mean}, std {std} |
+| classes | {classes} (class hash `{class_hash}`) |
+| weights | {weights} |
+| paper | {paper} |
+
+## Use
+```python
+import l2vit, timm  # l2vit registers the architecture with timm
+model = timm.create_model("local-dir:THIS_DIRECTORY", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+## Accuracy
+{accuracy}
+
+## Proof
+{proof}
+`certificate.json` holds the figures and the SHA-256 of every file.
+
+## Training
+{training}
+
+## Commands
+{commands}
+
+## Limits
+- Trained and checked for the classes and the input size above; other sizes run (window attention
+  pads its windows where they do not divide the grid) but were not measured.
+- Probabilities are as trained, with label smoothing and mixing, not calibrated; see the
+  calibration error that `finetune.evaluate` reports.
+- It inherits what its training pictures show and leave out. Licences of the pictures and of
+  released weights apply besides the code's.
+"""
+
+
+def timm_config(source: Source, num_features: int, window_free: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` as timm reads it: enough to rebuild, to preprocess and to name answers.
+
+    Args:
+        source: of the weights, with the preprocessing to record.
+        num_features: channels before the classifier.
+        window_free: the registered pretrained_cfg of the architecture (first_conv, classifier).
+    """
+    shown = source.preprocessing
+    config: dict[str, Any] = {
+        "architecture": source.model,
+        "num_classes": source.num_classes,
+        "num_features": num_features,
+        "global_pool": "avg",
+        "model_args": source.model_args,
+        "pretrained_cfg": {
+            **{k: window_free[k] for k in ("first_conv", "classifier") if window_free.get(k)},
+            "custom_load": False,
+            "input_size": [3, shown.input_size, shown.input_size],
+            "fixed_input_size": bool(window_free.get("fixed_input_size", False)),
+            "interpolation": "bicubic",
+            "crop_pct": shown.crop_fraction,
+            "crop_mode": shown.crop_mode,
+            "mean": list(shown.mean),
+            "std": list(shown.std),
+            "num_classes": source.num_classes,
+        },
+        "training": _record(source),
+    }
+    if source.classes:
+        config["label_names"] = list(source.classes)
+        if source.class_names:
+            names = zip(source.classes, source.class_names, strict=True)
+            config["label_descriptions"] = dict(names)
+    return config
+
+
+def _record(source: Source) -> dict[str, Any]:
+    return {
+        "weights": source.which,
+        "class_hash": source.class_hash,
+        "recipe": source.training.get("config", {}),
+        **{k: v for k, v in source.training.items() if k != "config"},
+    }
+
+
+def card(source: Source, proof: Proof, images: str, full: dict[str, Any], out: Path) -> str:
+    """README.md: recipe, data, accuracy, proof, commands and limits.
+
+    Args:
+        source: of the weights.
+        proof: on sample pictures.
+        images: where these came from, in words.
+        full: the accuracy of a whole set, both ways, where it was asked for; else empty.
+        out: the exported directory, for the commands.
+    """
+    shown, recipe = source.preprocessing, source.training.get("config", {})
+    about = recipe.get("about", {})
+    crop = (
+        "whole picture squashed"
+        if shown.crop_mode == "squash"
+        else f"short side to {int(shown.input_size / shown.crop_fraction)}, centre crop"
+    )
+    return _CARD.format(
+        title=out.name,
+        origin=_origin(source),
+        model=source.model,
+        arguments=json.dumps(source.model_args),
+        size=shown.input_size,
+        crop=crop,
+        mean=list(shown.mean),
+        std=list(shown.std),
+        classes=source.num_classes,
+        class_hash=source.class_hash[:12] if source.classes else "classes not named",
+        weights={"ema": "exponential moving average"}.get(source.which, source.which),
+        paper=about.get("paper") or "-",
+        accuracy=_accuracy(source, full),
+        proof=_proof(proof, images),
+        training=_training(source),
+        commands=_commands(source, about, out),
+    )
+
+
+def _origin(source: Source) -> str:
+    if source.kind == "checkpoint":
+        step, seen = source.training["step"], source.training["images_seen"]
+        return f"Exported from `{source.path}` at step {step:,} ({seen:,} images seen)."
+    note = f" {source.note}" if source.note else ""
+    return f"Converted from `{source.path.name}` ({source.kind}).{note}"
+
+
+def _accuracy(source: Source, full: dict[str, Any]) -> str:
+    lines = []
+    if full:
+        lines.append(
+            f"Measured at export on all {full['count']:,} images of `{full['data']}`: top-1"
+            f" {full['top1']:.3f}% ({full['top1_right']:,} right), top-5 {full['top5']:.3f}%; the"
+            f" trained model: {full['top1_right_trained']:,} right."
+        )
+    metrics = source.training.get("metrics", {})
+    if metrics:
+        found = ", ".join(f"{key} {value:.6g}" for key, value in sorted(metrics.items()))
+        lines.append(f"Recorded during training at this checkpoint: {found}.")
+    return "\n".join(lines) or "Not measured at export; run the evaluation command below."
+
+
+def _proof(proof: Proof, images: str) -> str:
+    text = (
+        f"On {proof.images} real pictures ({images}), loaded by timm in a fresh process, the"
+        f" logits differ from the trained model's by at most {proof.largest_difference:.3g};"
+        f" all {proof.agree} first answers are the same."
+    )
+    if proof.labelled:
+        text += (
+            f" Right among the {proof.labelled} labelled: {proof.trained_right} trained,"
+            f" {proof.exported_right} exported."
+        )
+    return text
+
+
+def _training(source: Source) -> str:
+    recipe = source.training.get("config")
+    if not recipe:
+        return "Not trained here: see the publication of the weights."
+    data = source.training.get("data", {})
+    lines = [
+        f"- data: manifest hash `{source.training['manifest_hash']}`",
+        f"- provenance: {json.dumps(data, ensure_ascii=False)}" if data else "",
+        f"- code: git {source.training['git_commit'] or 'not recorded'},"
+        f" versions {json.dumps(source.training['versions'])}",
+        "- recipe:",
+        "```json",
+        json.dumps({k: v for k, v in recipe.items() if k != "about"}, ensure_ascii=False),
+        "```",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _commands(source: Source, about: dict[str, Any], out: Path) -> str:
+    lines = [f"    {about['command']}"] if about.get("command") else []
+    lines += [
+        f"    python -m finetune.export_timm --checkpoint {source.path} --out {out}",
+        f"    python -m finetune.evaluate --model {out} --data SHARDS",
+    ]
+    return "\n".join(lines)

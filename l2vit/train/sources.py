@@ -1,0 +1,295 @@
+"""Weights with all one needs to use them, from any place this project knows.
+
+A run directory, one checkpoint in it, a directory exported for timm and a file released by the
+authors of a supported network all become the same `Source`. Transfer, evaluation and export read
+through here, so a new kind of file is one new function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import l2vit  # noqa: F401  registers our models with timm
+from l2vit import files
+from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
+from l2vit.data.manifest import class_hash
+from l2vit.errors import UserError
+from l2vit.train import checkpoint
+
+TIMM_CONFIG = "config.json"
+TIMM_WEIGHTS = "model.safetensors"
+_IMAGENET_LISTS = {1000: "imagenet-1k", 21841: "imagenet-22k"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input when accuracy is measured (always bicubic)."""
+
+    input_size: int = 224
+    crop_fraction: float = 0.875
+    crop_mode: Literal["center", "squash"] = "center"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network's weights, how to build it, what its outputs mean, how to feed it."""
+
+    path: Path
+    """What was really read: the checkpoint inside a run, not the run."""
+    kind: Literal["checkpoint", "timm", "released"]
+    model: str
+    """Name in timm's registry after ``import l2vit``."""
+    model_args: dict[str, Any]
+    """Constructor arguments besides num_classes, window_size among them."""
+    weights: dict[str, Tensor]
+    """Parameters and buffers by model name, fp32 where floating."""
+    which: str
+    """raw or ema: which weights of the training run these are."""
+    classes: tuple[str, ...]
+    """Identifier (wnid) of every output; empty where the source does not say."""
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    note: str = ""
+    """What had to be assumed about the source."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Recipe, data hash, metrics, versions, as recorded; for the model card."""
+
+    @property
+    def class_hash(self) -> str:
+        return class_hash(self.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the head, whether or not their classes are known."""
+        head = timm.get_pretrained_cfg_value(self.model, "classifier") or "head"
+        if f"{head}.weight" not in self.weights:
+            raise UserError(f"{self.path} holds no {head}.weight: no classifier of {self.model}")
+        return int(self.weights[f"{head}.weight"].shape[0])
+
+    def build(self, *, window_size: int = 0, input_size: int = 0) -> nn.Module:
+        """The network with these weights, fp32, on the CPU, in evaluation mode.
+
+        Args:
+            window_size: another window than the source's; 0 keeps it.
+            input_size: pixels; only networks with position tables care. 0 keeps the source's.
+
+        Raises:
+            UserError: the weights do not fit the network they claim to be; names tensors.
+        """
+        changed = {"window_size": window_size, "img_size": input_size}
+        arguments = {**self.model_args, **{k: v for k, v in changed.items() if v}}
+        try:
+            model = timm.create_model(self.model, num_classes=self.num_classes, **arguments)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{self.path}: cannot build {self.model}: {error}") from None
+        require_fit(model, self.weights, where=str(self.path), skip=())
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+
+def head_name(model: nn.Module) -> str:
+    """The classifier's name inside ``model``, from timm's pretrained_cfg."""
+    return str(model.pretrained_cfg["classifier"])  # type: ignore[index]
+
+
+def require_fit(
+    model: nn.Module, weights: Mapping[str, Tensor], *, where: str, skip: tuple[str, ...]
+) -> None:
+    """Check that ``weights`` has exactly the tensors of ``model``, names under ``skip`` aside.
+
+    Raises:
+        UserError: names the first missing, unknown and differently shaped tensors.
+    """
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip or ("\0",))}
+    given = {k: v for k, v in weights.items() if not k.startswith(skip or ("\0",))}
+    problems = []
+    missing = [k for k in own if k not in given]
+    unknown = [k for k in given if k not in own]
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+    if unknown:
+        problems.append(f"{len(unknown)} are not in the model ({_some(unknown)})")
+    if shapes:
+        name = shapes[0]
+        problems.append(
+            f"{len(shapes)} differ in shape ({name}: {tuple(given[name].shape)} in the source,"
+            f" {tuple(own[name].shape)} in the model)"
+        )
+    if problems:
+        raise UserError(f"{where} does not fit {architecture(model)}: {'; '.join(problems)}")
+
+
+def architecture(model: nn.Module) -> str:
+    """The registry name of a model timm made."""
+    return str(model.pretrained_cfg.get("architecture", type(model).__name__))  # type: ignore[union-attr,operator]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def read(path: Path | str, *, weights: checkpoint.Weights = "auto", model: str = "") -> Source:
+    """Read weights from a run, a checkpoint, an exported directory or a released file.
+
+    Args:
+        path: a run directory (its newest complete checkpoint is taken, also while the run goes
+            on), one checkpoint directory, a directory holding timm's ``config.json``, or a file.
+        weights: ``raw``, ``ema`` or ``auto`` (ema where there is one); for training checkpoints.
+        model: registry name, for released files that do not tell what they are.
+
+    Raises:
+        UserError: nothing readable there, or the content contradicts itself; names what.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_released(path, model)
+    if not path.is_dir():
+        raise UserError(f"no such model: {path} (expected a run, checkpoint, export or file)")
+    if (path / TIMM_CONFIG).is_file():
+        return read_timm(path)
+    return read_checkpoint(path, weights)
+
+
+def read_checkpoint(path: Path, weights: checkpoint.Weights = "auto") -> Source:
+    """A training checkpoint, or the newest complete one of a run (any world size, any stage)."""
+    found = checkpoint.find(path)
+    try:
+        return _read_checkpoint(found, weights)
+    except (UserError, OSError):
+        newer = checkpoint.find(path)
+        if newer == found:
+            raise
+        return _read_checkpoint(newer, weights)  # the run went on and removed the older one
+
+
+def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> Source:
+    meta = checkpoint.read_meta(found)
+    which = weights if weights != "auto" else "ema" if meta.has_ema else "raw"
+    if class_hash(meta.classes) != meta.class_hash:
+        raise UserError(f"{found}: recorded class_hash disagrees with its list of classes")
+    config = meta.config
+    return Source(
+        path=found,
+        kind="checkpoint",
+        model=config["model"]["name"],
+        model_args=_accepted(config["model"], config["data"]["input_size"]),
+        weights=checkpoint.read_weights(found, which),
+        which=which,
+        classes=tuple(meta.classes),
+        class_names=tuple(meta.class_names),
+        preprocessing=Preprocessing(
+            input_size=config["data"]["input_size"],
+            crop_fraction=config["eval"]["crop_fraction"],
+            crop_mode=config["eval"]["crop_mode"],
+            mean=tuple(config["augment"]["mean"]),
+            std=tuple(config["augment"]["std"]),
+        ),
+        training={
+            "config": config,
+            "step": meta.step,
+            "epoch": meta.epoch,
+            "images_seen": meta.images_seen,
+            "metrics": meta.metrics,
+            "manifest_hash": meta.manifest_hash,
+            "data": meta.data,
+            "git_commit": meta.git_commit,
+            "versions": meta.versions,
+        },
+    )
+
+
+def _accepted(model: Mapping[str, Any], input_size: int) -> dict[str, Any]:
+    """Constructor arguments of a recorded run; as there, without what its model does not take."""
+    optional = {"window_size": model["window_size"], "img_size": input_size}
+    while True:
+        arguments = {**optional, **model["args"]}
+        try:
+            with torch.device("meta"):
+                timm.create_model(model["name"], num_classes=1, **arguments)
+            return arguments
+        except TypeError as error:
+            refused = next((name for name in optional if f"'{name}'" in str(error)), None)
+            if refused is None:
+                raise UserError(f"model {model['name']}: {error}") from None
+            del optional[refused]
+        except RuntimeError as error:  # timm: unknown model
+            raise UserError(f"model {model['name']}: {error}") from None
+
+
+def read_timm(path: Path) -> Source:
+    """A directory as ``finetune.export_timm`` (or timm itself) writes it."""
+    import safetensors.torch
+
+    config = files.read_json(path / TIMM_CONFIG, what="timm configuration")
+    try:
+        cfg, name = config["pretrained_cfg"], config["architecture"]
+        labels = config.get("label_names") or cfg.get("label_names") or ()
+        names = config.get("label_descriptions") or cfg.get("label_descriptions") or {}
+        preprocessing = Preprocessing(
+            input_size=cfg["input_size"][-1],
+            crop_fraction=cfg["crop_pct"],
+            crop_mode=cfg["crop_mode"],
+            mean=tuple(cfg["mean"]),
+            std=tuple(cfg["std"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / TIMM_CONFIG} is no timm model configuration ({error})") from error
+    weights = path / TIMM_WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{path} holds no {TIMM_WEIGHTS}; export it again")
+    return Source(
+        path=path,
+        kind="timm",
+        model=name,
+        model_args=dict(config.get("model_args", {})),
+        weights=safetensors.torch.load_file(weights),
+        which=config.get("training", {}).get("weights", "raw"),
+        classes=tuple(labels),
+        class_names=tuple(names[label] for label in labels) if names else (),
+        preprocessing=preprocessing,
+        training=config.get("training", {}),
+    )
+
+
+def read_released(path: Path, model: str = "") -> Source:
+    """A file released by a network's authors: THE place that chooses a converter.
+
+    Without ``model`` it is an L2ViT file, whose variant its shapes tell.
+    """
+    raise UserError(f"{path} is a file; give a run, a checkpoint or an exported directory")
+
+
+def imagenet_classes(count: int) -> tuple[str, ...]:
+    """wnids in the usual (sorted) order for heads of 1,000 or 21,841 rows; else empty."""
+    if count not in _IMAGENET_LISTS:
+        return ()
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo(_IMAGENET_LISTS[count]).label_names())
+
+
+def describe_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Readable names by timm's table where every class is a wnid it knows; else empty."""
+    from timm.data import ImageNetInfo
+
+    known = ImageNetInfo("imagenet-22k")
+    try:
+        return tuple(known.label_name_to_description(wnid) for wnid in classes)
+    except KeyError:
+        return ()
+
+
+def no_grad_logits(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
+    """(N, classes) fp32 logits of ``images`` (N, 3, H, W), computed ``batch`` at a time."""
+    with torch.inference_mode():
+        return torch.cat([model(part).float() for part in images.split(batch)])
