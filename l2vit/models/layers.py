@@ -15,10 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2vit.models.dense import Linear, pieces
 from l2vit.models.depthwise import DepthwiseConv
+from l2vit.models.linear_attention import (
+    Observer,
+    combine,
+    factor,
+    linear_attention,
+    split_heads,
+)
 
 HEAD_WIDTH = 32
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+_MULTIPLIED_OUT = 256
 MlpKind = Literal["plain", "pvt2", "local"]
 
 
@@ -58,7 +67,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         half = input.dtype in LOW_PRECISION or self.weight.dtype in LOW_PRECISION
         use_batch = self.training or not self.track_running_stats
         update = self.training and self.track_running_stats and not _frozen_statistics
-        known = update or not use_batch
         momentum = 0.0 if self.momentum is None else self.momentum
         if update and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -67,14 +75,22 @@ class BatchNorm2d(nn.BatchNorm2d):
         # The kernels take a half-precision input beside fp32 statistics and weights as it is.
         return F.batch_norm(
             input,
-            self.running_mean if known else None,
-            self.running_var if known else None,
+            *self._statistics(update or not use_batch),
             self.weight.float() if half else self.weight,
             self.bias.float() if half else self.bias,
             use_batch,
             momentum,
             self.eps,
         )
+
+    def _statistics(self, own: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The running mean and variance; copies when they must stay as they are.
+
+        Not None: the kernel would then save fewer tensors, and recomputing a block refuses that.
+        """
+        if own or self.running_mean is None or self.running_var is None:
+            return self.running_mean, self.running_var
+        return self.running_mean.clone(), self.running_var.clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm2d:
         before = (self.running_mean, self.running_var)
@@ -133,13 +149,19 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, kind: MlpKind = "plain") -> None:
         super().__init__()
         self.kind = kind
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.norm1 = BatchNorm2d(hidden) if kind == "local" else None
         self.conv = DepthwiseConv(hidden, 3) if kind != "plain" else None
         self.norm2 = BatchNorm2d(hidden) if kind == "local" else None
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "plain":
+            count = pieces(x, self.fc1.out_features)
+            if count == 1:
+                return self.fc2(self.fc1.with_gelu(x))
+            parts = x.flatten(0, -2).chunk(count)
+            return torch.cat([self.fc2(self.fc1.with_gelu(part)) for part in parts]).view(x.shape)
         x = self.fc1(x)
         if self.norm1 is not None:
             x = F.gelu(to_nhwc(self.norm1(to_nchw(x))))
@@ -172,6 +194,21 @@ def window_merge(windows: Tensor, height: int, width: int, h: int, w: int) -> Te
     return x.reshape(-1, h, w, c)
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v for (..., N, d), through PyTorch's fused kernel.
+
+    On CPUs that kernel's backward pass in bf16 takes six times as long as the products it
+    replaces, so short sequences (windows) are multiplied out there.
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    if slow and k.shape[-2] <= _MULTIPLIED_OUT and not torch.compiler.is_compiling():
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 class SoftmaxAttention(nn.Module):
     """Multi-head softmax attention (eq. 1) over tokens (B, N, C), fused where PyTorch can.
 
@@ -183,8 +220,8 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention before the output projection, (B, N, C); ``bias`` is added to the scaled
@@ -192,9 +229,7 @@ class SoftmaxAttention(nn.Module):
         b, n, c = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if bias is not None:
-            bias = bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = softmax_attention(q, k, v, bias)
         return out.transpose(1, 2).reshape(b, n, c)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -256,31 +291,14 @@ class LinearCore(nn.Module):
             if use_scale
             else None
         )
-        self.observer: Callable[[Tensor], None] | None = None
+        self.observer: Observer | None = None
         """Called in every forward with the unclamped fp32 denominators (B, heads, N, 1)."""
-
-    def _factor(self, q: Tensor, k: Tensor) -> Tensor:
-        """s / denominator, (B, heads, N, 1), at least fp32."""
-        accurate = torch.float64 if q.dtype == torch.float64 else torch.float32
-        total = k.sum(2, keepdim=True, dtype=accurate).transpose(2, 3)
-        denominator = q.to(accurate) @ total
-        if self.observer is not None:
-            self.observer(denominator.detach())
-        scale = 1.0 if self.scale is None else self.scale.to(accurate)
-        return scale / denominator.clamp(min=self.clamp)
 
     def combine(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Weighted sum of v (B, heads, n, d) with q, k after ReLU; (B, heads, N, d)."""
-        dtype = v.dtype
+        first = self._multiply_qk_first(k.shape[2])
         with without_autocast(v):
-            factor = self._factor(q, k)
-            if dtype in LOW_PRECISION:
-                q, k, v = q.float(), k.float(), v.float()
-            if self._multiply_qk_first(k.shape[2]):
-                out = (q @ k.transpose(2, 3)) @ v
-            else:
-                out = q @ (k.transpose(2, 3) @ v)
-            return (out * factor).to(dtype)
+            return combine(q, k, v, self.scale, self.clamp, qk_first=first, observer=self.observer)
 
     def _multiply_qk_first(self, tokens: int) -> bool:
         if self.order != "auto":
@@ -289,7 +307,7 @@ class LinearCore(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """What each query gives each key, (B, heads, N, n), with q, k after ReLU."""
-        return (q @ k.transpose(2, 3)) * self._factor(q, k)
+        return (q @ k.transpose(2, 3)) * factor(q, k, self.scale, self.clamp, self.observer)
 
 
 class LinearAttention(LinearCore):
@@ -297,19 +315,21 @@ class LinearAttention(LinearCore):
 
     def __init__(self, dim: int, num_heads: int, **core: Any) -> None:
         super().__init__(dim, num_heads, **core)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """relu(q), relu(k), v, each (B, heads, N, head width)."""
-        b, n, _ = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.relu(q), F.relu(k), v
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def attend(self, x: Tensor) -> Tensor:
         """Attention before the output projection, (B, N, C)."""
-        return self.combine(*self.project(x)).transpose(1, 2).reshape(x.shape)
+        qkv = self.qkv(x)
+        with without_autocast(x):
+            return linear_attention(
+                qkv,
+                self.scale,
+                self.num_heads,
+                self.clamp,
+                qk_first=self._multiply_qk_first(x.shape[1]),
+                observer=self.observer,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attend(x))
@@ -317,5 +337,5 @@ class LinearAttention(LinearCore):
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:
         """The weights that each token gives to each other, (B, heads, N, N), for pictures."""
-        q, k, _ = self.project(x)
+        q, k, _ = split_heads(self.qkv(x), self.num_heads)
         return self.weights(q, k)
