@@ -1,0 +1,95 @@
+"""The traced micro-batch against the paper's counts and against what PyTorch really allocates."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import l2vit  # noqa: F401
+from l2vit.plan.devices import Device
+from l2vit.plan.trace import Operation, Trace, trace
+
+
+def traced(name: str, **options) -> Trace:
+    classes = options.pop("classes", 1000)
+    settings = {"batch": 2, "input_size": 224, "dtype": torch.bfloat16} | options
+    return trace(lambda: timm.create_model(name, num_classes=classes), classes=classes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "giga", "millions"),
+    [("l2vit_tiny", 4.688, 28.597), ("l2vit_small", 8.980, 50.199), ("l2vit_base", 15.808, 88.577)],
+)
+def test_forward_arithmetic_is_the_models(name, giga, millions):
+    """Multiply-adds of matrix products and convolutions, checked by the authors' code."""
+    found = traced(name, backward=False)
+    assert found.flops / 2 / 2 / 1e9 == pytest.approx(giga, abs=0.0011)
+    assert found.parameters / 1e6 == pytest.approx(millions, abs=0.0006)
+
+
+def test_backward_costs_two_more_forwards():
+    forward, both = (traced("l2vit_tiny", backward=b).flops for b in (False, True))
+    # A little less for the images' gradient nobody wants, a little more for what attention
+    # kernels compute again.
+    assert both == pytest.approx(3 * forward, rel=0.02)
+
+
+def test_activations_are_what_pytorch_allocates():
+    """The allocator's own books on the CPU, fp32: all that a forward pass leaves behind."""
+    batch, size, classes = 4, 64, 100
+    model = timm.create_model("l2vit_mini", num_classes=classes).train()
+    images, targets = torch.randn(batch, 3, size, size), torch.rand(batch, classes)
+    F.cross_entropy(model(images), targets).backward()  # gradients and caches exist from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as books:
+        loss = F.cross_entropy(model(images), targets)
+    allocated = sum(event.self_cpu_memory_usage for event in books.key_averages())
+    predicted = traced(
+        "l2vit_mini", batch=batch, input_size=size, classes=classes, dtype=torch.float32
+    )
+    given = 4 * (images.numel() + targets.numel())  # counted by the trace, made before the books
+    assert predicted.kept_bytes - given == pytest.approx(allocated, rel=1e-3)
+    assert predicted.peak_bytes >= predicted.kept_bytes
+    loss.backward()
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_precision():
+    few, more = (traced("l2vit_mini", batch=b).kept_bytes for b in (2, 8))
+    assert 3 < more / few < 4.05
+    exact = traced("l2vit_mini", batch=8, dtype=torch.float32).kept_bytes
+    assert 1.6 < exact / more < 2.05
+
+
+@pytest.mark.gpu
+def test_peak_is_what_a_gpu_allocates():
+    batch = 16
+    model = timm.create_model("l2vit_tiny").to("cuda", torch.bfloat16).train()
+    images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    targets = torch.rand(batch, 1000, device="cuda")
+    for _ in range(2):
+        model.zero_grad(set_to_none=False)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() - images.nbytes - targets.nbytes
+        F.cross_entropy(model(images).float(), targets).backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    assert traced("l2vit_tiny", batch=batch).peak_bytes == pytest.approx(peak, rel=0.15)
+
+
+def test_seconds_follow_whatever_binds():
+    device = Device(
+        "own", 80, matmul_tflops=100, vector_tflops=10, memory_tbs=1, node_gbs=1, network_gbs=1,
+        images_per_second=1, matmul_share=0.5, vector_share=0.5, memory_share=0.5, kernel_us=5,
+    )  # fmt: skip
+    cases = {
+        Operation("matmul", 50e12, 0.0): 1.0,
+        Operation("vector", 50e12, 0.0): 10.0,
+        Operation("memory", 0.0, 1e12): 2.0,
+        Operation("matmul", 50e12, 1e12): 2.0,
+        Operation("memory", 0.0, 1.0): 5e-6,
+    }
+    for operation, seconds in cases.items():
+        assert Trace({operation: 1}, 1, 0, 0, True).seconds(device) == pytest.approx(seconds)
+    everything = Trace(dict.fromkeys(cases, 2), 1, 0, 0, True)
+    assert everything.seconds(device) == pytest.approx(2 * sum(cases.values()))
+    single = Trace({Operation("matmul", 50e12, 0.0): 1}, 1, 0, 0, low_precision=False)
+    assert single.seconds(device) == pytest.approx(2.0)
