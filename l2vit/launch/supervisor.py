@@ -19,9 +19,8 @@ from types import FrameType
 
 from l2vit import cli
 from l2vit.launch import command, processes, progress
+from l2vit.train.faults import STOPPED
 
-STOPPED = 75
-"""Exit status of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)."""
 WRONG_CONFIGURATION = 2
 DEATH_GRACE = 60.0
 """Seconds the other ranks have to end by themselves once one has died."""
