@@ -82,13 +82,13 @@ class FocusedCore(nn.Module):
         local = self.local(v[:, prefix:], grid)
         with without_autocast(q):
             q, k = self.features(q, k)
-            denominator = self._denominator(q, k)
+            # Before the products, where a tiny denominator still meets a tiny query.
+            q = q / self._denominator(q, k)
         values = split_heads(v, self.heads)
         # n^-½ to each side: the plain sum over the tokens overflows fp16.
         factor = k.shape[2] ** -0.5
         keys = (k * factor).to(v.dtype).transpose(2, 3)
-        out = q.to(v.dtype) @ (keys @ (values * factor))
-        out = join_heads((out / denominator).to(v.dtype))
+        out = join_heads(q.to(v.dtype) @ (keys @ (values * factor)))
         return out + F.pad(local, (0, 0, prefix, 0))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Pyramid(nn.Module):
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.norm", (99999,)),
-            (r"^(norm|project)", (99999,)),
+            (r"^(?:norm|project)", (99999,)),
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
