@@ -109,16 +109,22 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         help="share of images to decode; 1 all",
     )
 
+    verify.add_argument("--repair", action="store_true", help="rebuild bad shards from the source")
+
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """The ``verify`` command: exit status 1 where anything is wrong."""
-    from data_prep.verify import verify
+    from data_prep.verify import repair, verify
 
     manifest, findings = verify(
         arguments.directory, decode=arguments.decode, workers=arguments.workers
     )
     for finding in findings:
         print(f"data_prep verify: error: {finding.problem}", file=sys.stderr)
+    if findings and arguments.repair:
+        findings = repair(arguments.directory, manifest, findings)
+        for finding in findings:
+            print(f"data_prep verify: error: not mended: {finding.problem}", file=sys.stderr)
     if findings:
         return 1
     print(

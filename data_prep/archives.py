@@ -73,10 +73,21 @@ def members(stream: BinaryIO, size: int, what: str) -> Iterator[Member]:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has read
                 if not entry.isdir():
                     yield _member(entry, size)
+            _require_end(stream, archive.offset, what)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise Damaged(f"{what} is damaged or no tar archive ({error})") from error
     except OSError as error:
         raise UserError(f"cannot read {what}: {error.strerror or error}") from error
+
+
+def _require_end(stream: BinaryIO, offset: int, what: str) -> None:
+    """tarfile takes a broken or missing header for the end; only a block of zeros is one."""
+    stream.seek(offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise Damaged(f"{what} is cut short: download it again")
+    if any(block):
+        raise Damaged(f"{what} is damaged: no tar header at byte {offset}")
 
 
 def _member(entry: tarfile.TarInfo, size: int) -> Member:

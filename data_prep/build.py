@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -19,14 +19,15 @@ from data_prep.plan import FATES, Plan, load_plan, make_plan
 from data_prep.pool import Progress, each
 from data_prep.records import Part, Workspace
 from data_prep.scan import Scan, scan_unit
-from data_prep.shards import Writing, shard_name, write_shard
+from data_prep.shards import Writing, write_info, write_shard
 from data_prep.sources import Unit, list_units, load_units, renumbered, save_units
 from l2vit import files
 from l2vit.data import labels
 from l2vit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from l2vit.errors import UserError
 
-BUILD_DIRECTORY = ".build"
+_LOCK_PATIENCE = 5.0  # seconds
+_THUMBNAILS = 12  # per reason, for the report
 
 
 def build(options: Options) -> dict[str, Manifest]:
@@ -39,7 +40,7 @@ def build(options: Options) -> dict[str, Manifest]:
         UserError: a source, the disk, or an ``--out`` that holds something else.
     """
     options.validate()
-    workspace = Workspace(options.out / BUILD_DIRECTORY)
+    workspace = Workspace(options.out / ".build")
     directories = split_directories(options)
     workspace.create()
     with _locked(workspace):
@@ -65,8 +66,8 @@ def build(options: Options) -> dict[str, Manifest]:
             split: finish(options, workspace, units, plan, split, path, release)
             for split, path in directories.items()
         }
-        shutil.rmtree(workspace.root / "staged", ignore_errors=True)
-    summary(options, workspace, units, plan, manifests)
+        workspace.tidy()
+    summary(options, plan, manifests)
     return manifests
 
 
@@ -101,10 +102,17 @@ class _locked:
 
     def __enter__(self) -> None:
         self._stream = self._path.open("w")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another build is at work in {self._path.parent.parent}") from None
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                # Workers of a killed build hold the lock, too, until they are gone.
+                if time.monotonic() > deadline:
+                    out = self._path.parent.parent
+                    raise UserError(f"another build is at work in {out}") from None
+            time.sleep(0.05)
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
@@ -224,21 +232,9 @@ def finish(
         for n in range(plan.shards[split])
     )
     reasons = _write_events(workspace, units, split, directory)
+    _write_thumbnails(workspace, units)
     order = np.load(workspace.order(split), mmap_mode="r")
     counts = np.bincount(order["label"], minlength=len(plan.classes))
-    files.write_json(
-        directory / "_info.json",
-        {
-            "splits": {
-                split: {
-                    "name": split,
-                    "num_samples": plan.samples[split],
-                    "filenames": [shard.name for shard in shards],
-                    "shard_lengths": [shard.samples for shard in shards],
-                }
-            }
-        },
-    )
     manifest = Manifest(
         dataset=options.dataset,
         split=split,
@@ -260,8 +256,21 @@ def finish(
             **plan.notes,
         },
     )
+    write_info(manifest, directory)
     manifest.save(directory)
     return manifest
+
+
+def _write_thumbnails(workspace: Workspace, units: list[Unit]) -> None:
+    if workspace.thumbnails.exists():
+        return
+    found: dict[str, list[dict[str, Any]]] = {}
+    for unit in units:
+        for event in Part.load(workspace.part(unit.number)).events:
+            shelf = found.setdefault(f"{event['kind']}: {event['reason']}", [])
+            if event.get("thumbnail") and len(shelf) < _THUMBNAILS:
+                shelf.append({name: event[name] for name in ("member", "detail", "thumbnail")})
+    files.write_json(workspace.thumbnails, found)
 
 
 def _write_events(
@@ -302,13 +311,7 @@ def _events(workspace: Workspace, units: list[Unit], fates: np.ndarray) -> Itera
             yield json.loads(line)
 
 
-def summary(
-    options: Options,
-    workspace: Workspace,
-    units: list[Unit],
-    plan: Plan,
-    manifests: dict[str, Manifest],
-) -> None:
+def summary(options: Options, plan: Plan, manifests: dict[str, Manifest]) -> None:
     """Print what was done, in a few lines."""
     for split, manifest in manifests.items():
         size = sum(shard.bytes for shard in manifest.shards)
@@ -323,6 +326,3 @@ def summary(
         print(f"{kind}: {sum(reasons.values()):,}{f' ({words})' if words else ''}")
     if plan.cross_class_duplicates:
         print(f"equal images in different classes: {plan.cross_class_duplicates:,} (kept)")
-
-
-__all__ = ["BUILD_DIRECTORY", "build", "shard_name", "split_directories"]

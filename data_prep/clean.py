@@ -22,6 +22,7 @@ from data_prep.records import FORMS
 
 _MAX_SCANS = 200
 _HASH_SIDE = 32
+_DECODED_SIDE = 64  # at 32, equal pictures of other sizes hash up to 10 bits apart; at 64, 2
 _MAGIC = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -202,7 +203,7 @@ def _strict_decode(data: bytes, head: _Header, repairs: list[str]) -> np.ndarray
         Refused: libjpeg reported an error or a warning.
     """
     space = "CMYK" if head.components == 4 else "GRAY"
-    side = min(_HASH_SIDE, head.width, head.height)
+    side = min(_DECODED_SIDE, head.width, head.height)
     try:
         return simplejpeg.decode_jpeg(data, space, min_height=side, min_width=side)[:, :, 0]
     except ValueError as error:
@@ -234,6 +235,8 @@ def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> Good:
             image = _upright_rgb(image, rules, repairs)
     except Refused:
         raise
+    except Image.DecompressionBombError as error:
+        raise Refused("too-many-pixels", str(error)) from None
     except MemoryError:
         raise Refused("too-many-pixels", "does not fit in memory") from None
     except Exception as error:  # PIL's plug-ins raise many kinds on damaged files
@@ -308,6 +311,6 @@ def perceptual_hash(gray: np.ndarray) -> int:
         gray: (h, w) uint8.
     """
     picture = Image.fromarray(np.ascontiguousarray(gray))
-    small = picture.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX)
+    small = picture.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BILINEAR)
     low = _DCT @ np.asarray(small, np.float32) @ _DCT.T
     return int(_BITS[low > np.median(low)].sum(dtype=np.uint64))

@@ -106,6 +106,14 @@ class Options:
             del values[name]
         return {"sources": list(self.sources), **values, "exclude": list(self.exclude)}
 
+    @classmethod
+    def from_identity(cls, identity: dict[str, Any], out: Path) -> Options:
+        """The options a finished build recorded."""
+        values = {**identity, "rules": Rules(**identity["rules"])}
+        for name in ("sources", "exclude"):
+            values[name] = tuple(values[name])
+        return cls(out=out, **values)
+
     def split_rule(self) -> str:
         """How the validation part is chosen, in one recorded line."""
         if self.val_fraction:

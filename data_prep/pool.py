@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -19,11 +20,13 @@ _context: Any = None
 _function: Callable[[Any, Any], Any] | None = None
 
 
-def _start_worker(function: Callable[[Any, Any], Any], context: Any) -> None:
+def _start_worker(function: Callable[[Any, Any], Any], context: Any, parent: int) -> None:
     global _function, _context
     _function, _context = function, context
     # A worker that outlived a killed parent would go on writing under the next run's feet.
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -51,7 +54,7 @@ def each(
         min(workers, len(tasks)),
         mp_context=fork,
         initializer=_start_worker,
-        initargs=(function, context),
+        initargs=(function, context, os.getpid()),
     )
     try:
         waiting = iter(tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,18 @@ class Workspace:
     @property
     def plan(self) -> Path:
         return self.root / "plan.json"
+
+    @property
+    def thumbnails(self) -> Path:
+        """Small pictures of rejected and repaired images, for the report."""
+        return self.root / "thumbnails.json"
+
+    def tidy(self) -> None:
+        """Delete what neither ``verify --repair`` nor ``report`` needs."""
+        for name in ("parts", "spool", "staged", "done"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        for path in (self.fate, self.dropped):
+            path.unlink(missing_ok=True)
 
     def create(self) -> None:
         """Make the directories."""

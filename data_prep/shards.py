@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.clean import Refused, clean
 from data_prep.options import Options
 from data_prep.records import SPOOLED, Workspace
 from data_prep.sources import Unit
 from l2vit import files
-from l2vit.data.manifest import LABEL_WIDTH, Shard
+from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
 from l2vit.data.shards import CHECKSUM_SUFFIX, checksum
 from l2vit.errors import UserError
 
@@ -88,6 +89,8 @@ class Writing:
     units: tuple[Unit, ...]
     split: str
     directory: Path
+    again: bool = False
+    """Clean repaired images once more, their spool being gone."""
 
 
 def shard_records(workspace: Workspace, split: str, shard: int) -> np.ndarray:
@@ -159,6 +162,17 @@ def write_records(writing: Writing, records: np.ndarray, tar: Path) -> Shard:
     )
 
 
+def write_info(manifest: Manifest, directory: Path) -> None:
+    """Write ``_info.json``, where timm's webdataset reader looks for splits and shards."""
+    split = {
+        "name": manifest.split,
+        "num_samples": manifest.samples,
+        "filenames": [shard.name for shard in manifest.shards],
+        "shard_lengths": [shard.samples for shard in manifest.shards],
+    }
+    files.write_json(directory / "_info.json", {"splits": {manifest.split: split}})
+
+
 def _windows(records: np.ndarray) -> Iterator[np.ndarray]:
     """Runs of records of up to 64 MiB: read in the order they lie in the sources, and held."""
     ends = np.cumsum(records["size"].astype(np.int64))
@@ -182,15 +196,21 @@ def _read_window(
     images: list[bytes] = [b""] * len(window)
     for place in np.lexsort((window["raw_offset"], window["unit"])):
         record, unit = window[place], writing.units[window["unit"][place]]
-        path, offset = unit.path, int(record["raw_offset"])
-        if record["flags"] & SPOOLED:
-            path, offset = str(writing.workspace.spool(unit.number)), int(record["offset"])
-        elif unit.kind == "folder":
+        path, offset, size = unit.path, int(record["raw_offset"]), int(record["raw_size"])
+        if unit.kind == "folder":
             path, offset = str(Path(unit.path, texts[place][1])), 0
+        spooled = bool(record["flags"] & SPOOLED)
+        if spooled and not writing.again:
+            path, offset = str(writing.workspace.spool(unit.number)), int(record["offset"])
+            size = int(record["size"])
         try:
-            image = sources.read(path, offset, int(record["size"]))
+            image = sources.read(path, offset, size)
+            if spooled and writing.again:
+                image = clean(image, writing.options.rules).data
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except Refused:
+            image = b""  # the hash below tells
         if int.from_bytes(hashlib.sha256(image).digest()[:8], "big") != record["sha_high"]:
             raise UserError(
                 f"{path} changed since it was checked (at {texts[place][1]}): start again with an"

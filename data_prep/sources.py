@@ -276,6 +276,8 @@ def _read_member(
 ) -> Raw:
     place = unit.offset + member.offset
     problem = member.problem
+    if problem == "cut-short":
+        raise archives.Damaged(f"{unit.label} is cut short at {member.name}: download it again")
     if not problem and member.name.endswith(_TAR_SUFFIXES):
         problem = "nested-archive"
     if not problem and member.size > max_bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,14 @@ import numpy as np
 
 from data_prep.archives import Damaged, members, open_window
 from data_prep.clean import Refused, clean
-from data_prep.options import Rules
+from data_prep.options import Options, Rules
 from data_prep.pool import Progress, each
+from data_prep.records import Workspace
+from data_prep.shards import Writing, shard_records, write_info, write_records
+from data_prep.sources import list_units, load_units
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
+from l2vit.data.shards import CHECKSUM_SUFFIX, checksum
 from l2vit.errors import UserError
 
 
@@ -59,16 +65,64 @@ def verify(directory: Path, *, decode: float, workers: int) -> tuple[Manifest, l
     progress.finish()
     if not bad and counts.tolist() != list(manifest.class_counts):
         bad.append(Finding(-1, "labels in the shards disagree with class_counts", counts))
-    info = directory / "_info.json"
-    lengths = [shard.samples for shard in manifest.shards]
-    found = files.read_json(info, what="timm's shard list")
-    try:
-        stated = found["splits"][manifest.split]["shard_lengths"]
-    except (KeyError, TypeError):
-        stated = None
-    if stated != lengths:
-        bad.append(Finding(-1, f"{info} disagrees with the manifest", counts))
+    if not _info_agrees(manifest, directory):
+        bad.append(Finding(-1, f"{directory / '_info.json'} disagrees with the manifest", counts))
     return manifest, sorted(bad, key=lambda finding: finding.shard)
+
+
+def _info_agrees(manifest: Manifest, directory: Path) -> bool:
+    try:
+        info = json.loads((directory / "_info.json").read_text())["splits"][manifest.split]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    shards = [[shard.name, shard.samples] for shard in manifest.shards]
+    stated = zip(info.get("filenames", ()), info.get("shard_lengths", ()), strict=False)
+    return [list(pair) for pair in stated] == shards
+
+
+def repair(directory: Path, manifest: Manifest, findings: list[Finding]) -> list[Finding]:
+    """Rebuild the shards that were found bad from their source, to the very same bytes.
+
+    Returns:
+        What could not be mended.
+
+    Raises:
+        UserError: the build directory or the source is gone.
+    """
+    workspace = Workspace(directory / manifest.provenance.get("build", ".build"))
+    if not workspace.order(manifest.split).is_file():
+        raise UserError(f"--repair needs {workspace.root}, which the build left; build anew")
+    options = Options.from_identity(manifest.provenance["options"], directory)
+    units, _ = load_units(workspace)
+    if any(str(workspace.root / "staged") in unit.path for unit in units):
+        list_units(options, workspace)  # unpacks gzip sources again
+    writing = Writing(options, workspace, tuple(units), manifest.split, directory, again=True)
+    left = []
+    for finding in findings:
+        if finding.shard < 0:
+            write_info(manifest, directory)
+            left += [] if _info_agrees(manifest, directory) else [finding]
+            continue
+        _rebuild(writing, manifest.shards[finding.shard], finding.shard)
+        print(f"rebuilt {directory / manifest.shards[finding.shard].name}", flush=True)
+        again = check_shard(Checking(directory, manifest, decode=0.0), finding.shard)
+        left += [again] if again.problem else []
+    shutil.rmtree(workspace.root / "staged", ignore_errors=True)
+    return left
+
+
+def _rebuild(writing: Writing, shard: Shard, number: int) -> None:
+    folder = writing.workspace.root / "repair"
+    folder.mkdir(exist_ok=True)
+    records = shard_records(writing.workspace, writing.split, number)
+    result = write_records(writing, records, folder / shard.name)
+    if result != shard:
+        shutil.rmtree(folder)
+        raise UserError(f"{shard.name} rebuilt from source differs from the manifest: build anew")
+    for path in folder.iterdir():
+        path.replace(writing.directory / path.name)
+    files.sync_directory(writing.directory)
+    shutil.rmtree(folder)
 
 
 def check_shard(checking: Checking, number: int) -> Finding:
@@ -88,7 +142,8 @@ def check_shard(checking: Checking, number: int) -> Finding:
 
 def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
     tar, index = checking.directory / shard.name, checking.directory / shard.index_name
-    for path in (tar, index):
+    sums = tar.with_suffix(CHECKSUM_SUFFIX)
+    for path in (tar, index, sums):
         if not path.is_file():
             return f"{path.name} is missing"
     if tar.stat().st_size != shard.bytes:
@@ -97,12 +152,16 @@ def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
         return "SHA-256 differs from the manifest"
     if files.sha256_file(index) != shard.index_sha256:
         return "SHA-256 of the index differs from the manifest"
+    if sums.stat().st_size != 4 * shard.samples:
+        return f"{sums.name} does not hold one checksum a sample"
+    checksums = np.fromfile(sums, "<u4")
     lines = index.read_text().splitlines()
     with open_window(tar) as stream:
         entries = list(members(stream, shard.bytes, str(tar)))
         if lines[:1] != [f"v1.2 {shard.samples}"] or len(entries) != 2 * shard.samples:
             return "index, tar and manifest disagree on the number of samples"
-        for line, image, label in zip(lines[1:], entries[::2], entries[1::2], strict=True):
+        rows = zip(lines[1:], entries[::2], entries[1::2], checksums, strict=True)
+        for line, image, label, total in rows:
             extension = image.name.rpartition(".")[2]
             expected = (
                 f"{extension} {image.offset} {image.size} {image.name}"
@@ -117,10 +176,13 @@ def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
             if len(text) != LABEL_WIDTH or not text.isdigit() or int(text) >= len(counts):
                 return f"{label.name} holds {text[:20]!r}, no label of {len(counts)} classes"
             counts[int(text)] += 1
+            stream.seek(image.offset)
+            data = stream.read(image.size)
+            if checksum(data, text) != total:
+                return f"checksum of {image.name} differs from {sums.name}"
             if _chosen(image.name, checking.decode):
-                stream.seek(image.offset)
                 try:
-                    clean(stream.read(image.size), Rules(min_side=1))
+                    clean(data, Rules(min_side=1))
                 except Refused as refusal:
                     return f"{image.name} does not decode ({refusal.reason}: {refusal.detail})"
     return ""

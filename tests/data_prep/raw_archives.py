@@ -48,12 +48,11 @@ def class_members(wnid: str, images: Iterable[bytes]) -> list[tuple[str, bytes]]
 def outer_tar(classes: Mapping[str, Iterable[bytes]]) -> bytes:
     """An ImageNet-22k-shaped archive: one tar per class inside one tar."""
     return tar_bytes(
-        (f"{wnid}.tar", tar_bytes(class_members(wnid, images)))
-        for wnid, images in classes.items()
+        (f"{wnid}.tar", tar_bytes(class_members(wnid, images))) for wnid, images in classes.items()
     )
 
 
-def small_release(classes: int = 3, images: int = 20, first_seed: int = 0) -> dict[str, list[bytes]]:
+def small_release(classes: int = 3, images: int = 20, first_seed: int = 0) -> dict:
     """Made-up wnids with distinct pictures."""
     return {
         f"n9000000{c}": [jpeg(first_seed + 1000 * c + i) for i in range(images)]

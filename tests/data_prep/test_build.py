@@ -1,5 +1,6 @@
 """What a build writes, whatever the source looks like and however many workers wrote it."""
 
+import itertools
 import json
 import tarfile
 
@@ -165,7 +166,7 @@ def test_shards_respect_their_limits():
     options = Options("folder", (), out=None, shard_bytes=1 << 20, shard_samples=30)
     bounds = shard_bounds(sizes, options)
     assert bounds[0] == 0 and bounds[-1] == 500
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         tar = 1024 + sum(512 + -(-int(s) // 512) * 512 + 1024 for s in sizes[start:stop])
         assert tar <= 1 << 20 and 0 < stop - start <= 30
 
@@ -244,7 +245,8 @@ def test_class_lists(tmp_path, run, release, capsys):
     assert about["classes"] == ["n90000002", "n99999999", "n90000000"]
     assert about["class_counts"] == [20, 0, 20]
     assert {(k, lab) for k, _, lab in samples(tmp_path / "list")} == {
-        (f"{wnid}_{n}", lab) for wnid, lab in [("n90000002", 0), ("n90000000", 2)]
+        (f"{wnid}_{n}", lab)
+        for wnid, lab in [("n90000002", 0), ("n90000000", 2)]
         for n in range(20)
     }
     assert run(*words, "--out", tmp_path / "dir", "--classes", tmp_path / "list") == 0
@@ -264,8 +266,14 @@ def test_small_classes_can_be_dropped(tmp_path, run):
 
 def test_folder_keys_are_unique_and_harmless(tmp_path, run):
     root = tmp_path / "raw"
-    for place, seed in [("cat/a.b.jpg", 1), ("cat/a_b.jpg", 2), ("cat/sub/x.png", 3),
-                        ("my dog/x.jpg", 4), ("my dog/x.jpeg", 5), ("my dog/ü.jpg", 6)]:
+    for place, seed in [
+        ("cat/a.b.jpg", 1),
+        ("cat/a_b.jpg", 2),
+        ("cat/sub/x.png", 3),
+        ("my dog/x.jpg", 4),
+        ("my dog/x.jpeg", 5),
+        ("my dog/ü.jpg", 6),
+    ]:
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(jpeg(seed))
     words = ("build", "--dataset", "folder", "--source", root, "--out", tmp_path / "out")

@@ -181,12 +181,14 @@ def test_bit_flips_are_judged_as_a_full_decode_judges_them():
 
 def bomb_png(side):
     """A tiny PNG whose header promises side × side pixels."""
+
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        framed = kind + body
+        return struct.pack(">I", len(body)) + framed + struct.pack(">I", zlib.crc32(framed))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    packed = zlib.compress(bytes(1 << 20))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    packed = chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + packed + chunk(b"IEND", b"")
 
 
 def test_decompression_bombs():

@@ -53,8 +53,11 @@ def test_dali(shards):
     @pipeline_def(batch_size=20, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def pipeline():
         image, label = fn.readers.webdataset(
-            paths=tars, index_paths=indexes, ext=["jpg", "cls"],
-            missing_component_behavior="error", dtypes=[types.UINT8, types.UINT8],
+            paths=tars,
+            index_paths=indexes,
+            ext=["jpg", "cls"],
+            missing_component_behavior="error",
+            dtypes=[types.UINT8, types.UINT8],
         )
         return image, label
 
