@@ -1,0 +1,78 @@
+"""Linear layers on a CPU without the detours of the general one.
+
+``torch.nn.functional.linear`` writes the bias into the output and then adds the product to it: one
+more pass over memory. oneDNN adds the bias, and in inference the GELU, on the way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PIECE_BYTES = 1 << 24
+"""Intermediates of twice this size and more are made in pieces: they stay in cache, and below the
+32 MB from which the C allocator returns memory to the system at once, whose fresh pages cost more
+time than the product that fills them."""
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` (B, ..., in) to (B, ..., out) with the bias fused in on CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if fusible(input, self.weight, self.bias):
+            return _FusedBias.apply(input, self.weight, self.bias)
+        return super().forward(input)
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """GELU of the layer's output."""
+        if not torch.is_grad_enabled() and fusible(x, self.weight, self.bias):
+            return _pointwise(x, self.weight, self.bias, "gelu")
+        return F.gelu(self(x))
+
+
+def fusible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's fused linear layer may run here, and not a compiler or another device."""
+    return (
+        bias is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == bias.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, after: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "none")
+
+
+class _FusedBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _pointwise(x, weight, bias, "none")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if need_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
+
+
+def pieces(x: Tensor, width: int) -> int:
+    """In how many row blocks to take ``x`` (..., C) when ``width`` values are made of each row."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return 1
+    size = x.numel() // x.shape[-1] * width * x.element_size()
+    return 1 if size < 2 * PIECE_BYTES else -(-size // PIECE_BYTES)
