@@ -21,6 +21,12 @@ launch() {
   shift
   root=$(project_root)
   python=$(find_python "$root") || exit 1
+  "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
+    torch timm deepspeed || {
+    echo "$python lacks torch, timm or deepspeed: run 'bash launch/install.sh' or activate the" \
+      "environment that has them" >&2
+    exit 1
+  }
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   # shellcheck source=/dev/null
   [ -z "${L2VIT_ENVIRONMENT:-}" ] || { set -a; . "$L2VIT_ENVIRONMENT"; set +a; }

@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from l2vit import config
 from l2vit.errors import ConfigError
@@ -36,7 +35,7 @@ class Launch:
 
     argv: list[str]
     environment: dict[str, str]
-    run_dir: Path
+    config: TrainConfig
     remote: bool
     """Ranks are started on other hosts through ssh."""
 
@@ -117,9 +116,9 @@ def build(options: argparse.Namespace) -> Launch:
     elif not remote and options.master_port is None:
         # Two runs on one machine must not meet on DeepSpeed's fixed default port.
         flags += ["--master_port", str(free_port())]
-    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
+    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--log_level", "error"]
     argv += [*flags, options.script, *(["--preflight"] if options.preflight else []), *options.rest]
-    return Launch(argv, environment, Path(settings.run.dir), remote)
+    return Launch(argv, environment, settings, remote)
 
 
 def _environment() -> dict[str, str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2vit.train import checkpoint, metrics
+
+DONE = "DONE"
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,14 @@ def reached(run_dir: Path) -> Reached:
     saved = max(checkpoint.complete_steps(run_dir), default=0)
     recorded = (int(record["step"]) for record in metrics.read(run_dir / metrics.JSONL))
     return Reached(step=max(recorded, default=saved), saved=saved)
+
+
+def finished(run_dir: Path, length: Sequence[str]) -> bool:
+    """Whether ``DONE`` says that the run reached ``length`` (schedule.length, .cooldown).
+
+    A run may be made longer after it has finished: then an old ``DONE`` proves nothing.
+    """
+    try:
+        return list(json.loads((run_dir / DONE).read_text())["length"]) == list(length)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

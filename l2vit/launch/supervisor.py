@@ -38,7 +38,8 @@ def _main(argv: Sequence[str]) -> int:
     options = command.parse(argv)
     launch = command.build(options)
     supervisor = Supervisor(
-        run_dir=launch.run_dir,
+        run_dir=Path(launch.config.run.dir),
+        length=(launch.config.schedule.length, launch.config.schedule.cooldown),
         max_restarts=options.max_restarts,
         backoff=options.backoff,
         stop_grace=options.stop_grace,
@@ -54,6 +55,8 @@ class Supervisor:
     """Runs one job to its end, however often its ranks have to be started."""
 
     run_dir: Path
+    length: tuple[str, str]
+    """``schedule.length`` and ``schedule.cooldown``: what ``DONE`` must speak of."""
     max_restarts: int = 0
     backoff: float = 10.0
     """Seconds before the first restart; doubled each time, at most ``LONGEST_PAUSE``."""
@@ -102,14 +105,14 @@ class Supervisor:
         status = self._start(argv, environment)
         if status == WRONG_CONFIGURATION:
             return status
-        if (self.run_dir / "DONE").exists():
+        if progress.finished(self.run_dir, self.length):
             return 0
         if self._signals:
             return self._stopped_status(status)
         if status == STOPPED:  # another node's supervisor was signalled, and the ranks agreed
             return STOPPED
         if status == 0:
-            self._say(f"the launcher reports success but {self.run_dir / 'DONE'} is missing")
+            self._say(f"the launcher reports success but {self.run_dir / progress.DONE} is missing")
         else:
             self._say(f"the ranks ended with status {status}; the first error above says why")
         return 1

@@ -28,7 +28,7 @@ def main(argv):
     temporary.rename(run / "ranks" / f"{rank}.json")
     if os.environ["STUB"] == "done":
         if rank == "0":
-            (run / "DONE").touch()
+            (run / "DONE").write_text('{"length": ["90 epochs", "0 epochs"]}')
         return 0
     if os.environ["STUB"] == "wait":
         while not stopped:

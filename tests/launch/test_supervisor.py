@@ -26,13 +26,16 @@ def handlers_restored():
 
 def run(tmp_path: Path, script: str, **options) -> int:
     """Supervise a shell script whose working directory is the run directory."""
-    options = {"backoff": 0.01, "run_dir": tmp_path} | options
+    options = {"backoff": 0.01, "run_dir": tmp_path, "length": ("9 epochs", "0 epochs")} | options
     command = ["bash", "-c", f"cd {tmp_path}; echo start >> starts\n{script}"]
     return Supervisor(**options).run(command, dict(os.environ))
 
 
 def starts(tmp_path: Path) -> int:
     return len((tmp_path / "starts").read_text().splitlines())
+
+
+DONE = """echo '{"length": ["9 epochs", "0 epochs"]}' > DONE"""
 
 
 def step(number: str) -> str:
@@ -47,7 +50,9 @@ def save(number: int) -> str:
 def test_success_is_the_done_file_and_nothing_else(tmp_path, capfd):
     assert run(tmp_path, "exit 0") == 1
     assert "DONE is missing" in capfd.readouterr().err
-    assert run(tmp_path, "touch DONE; exit 247") == 0
+    assert run(tmp_path, f"{DONE}; exit 247") == 0
+    longer = ("12 epochs", "0 epochs")
+    assert run(tmp_path, "exit 0", length=longer) == 1, "DONE speaks of a shorter run"
 
 
 @pytest.mark.parametrize(("given", "expected"), [(2, 2), (75, 75)])
@@ -57,7 +62,7 @@ def test_no_restart_after_a_wrong_configuration_or_a_stop(tmp_path, given, expec
 
 
 def test_restarts_while_there_is_progress_and_ends_with_done(tmp_path):
-    script = f"n=$(wc -l < starts); {step('$n')}; [ $n -lt 3 ] && exit 1; touch DONE"
+    script = f"n=$(wc -l < starts); {step('$n')}; [ $n -lt 3 ] && exit 1; {DONE}"
     assert run(tmp_path, script, max_restarts=2) == 0
     assert starts(tmp_path) == 3
 
