@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from l2vit.models.host_cswin import CSwin
 from l2vit.models.host_deit import Deit
 from l2vit.models.host_pvt import Pvt, PvtV2
 from l2vit.models.host_swin import Swin
+from l2vit.models.released import choose_weights, read_pickle, require_fit
 
-EMA_KEY, RAW_KEY = "state_dict_ema", "model"
+EMA_KEY = "state_dict_ema"
 _REBUILT = ("relative_position_index", "attn_mask")
 _UNUSED = ("norm.weight", "norm.bias")
 _CORE = r"(scale|positional_encoding|dwc\..+|residual\..+)"
@@ -111,64 +109,6 @@ class ReleasedFamily:
     report: tuple[str, ...]
 
 
-class _Settings:
-    """Stands for the yacs CfgNode in these files, which is read past and never used."""
-
-    def __new__(cls, *_: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]
-        """The weights-only unpickler fills no mapping but its own three kinds."""
-        return OrderedDict()
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The pickled dict at ``path``; nothing in it can run code.
-
-    Raises:
-        UserError: no such file, no pickle of tensors, or a pickle that wants more than tensors.
-    """
-    stubs = [(_Settings, "yacs.config.CfgNode"), (_Settings, "argparse.Namespace")]
-    try:
-        with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    """The unpickler's finding in one line, without its advice to trust the file."""
-    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-    return lines[0].partition(" was not an allowed")[0] if lines else type(error).__name__
-
-
-def choose_weights(
-    path: Path, content: Mapping[str, Any], ema: bool | None
-) -> tuple[dict[str, Tensor], str]:
-    """The flat dict of tensors in a released file, and whether it is raw or ema.
-
-    Args:
-        ema: True or False to choose; None takes the averaged weights where there are any.
-
-    Raises:
-        UserError: the wanted weights are not there; names what is.
-    """
-    if ema and EMA_KEY not in content:
-        raise UserError(f"{path} holds no {EMA_KEY}: leave the choice of EMA weights out")
-    if ema is None:
-        ema = EMA_KEY in content
-    if not ema and EMA_KEY in content and RAW_KEY not in content:
-        raise UserError(f"{path} holds no {RAW_KEY}, only {EMA_KEY}: ask for the EMA weights")
-    chosen = content[EMA_KEY] if ema else content.get(RAW_KEY, content)
-    if not isinstance(chosen, Mapping):
-        raise UserError(f"{path}: {EMA_KEY if ema else RAW_KEY} is no dict of weights")
-    weights = {str(key).removeprefix("module."): value for key, value in chosen.items()}
-    odd = [key for key, value in weights.items() if not isinstance(value, Tensor)]
-    if odd or not weights:
-        raise UserError(f"{path} holds no weights ({odd[0] if odd else 'empty'} is no tensor)")
-    return weights, "ema" if ema else "raw"
-
-
 def rename(host: type, key: str) -> str | None:
     """Our name for a released key of ``host``; None for a key it does not have."""
     for pattern, replacement in _RULES[host]:
@@ -203,7 +143,7 @@ def convert_released(
     variant = VARIANTS.get(model_name)
     if variant is None:
         raise UserError(f"{model_name!r} is no FLatten or InLine model; known: {_known()}")
-    given, which = choose_weights(path, read_file(path), ema)
+    given, which = choose_weights(path, read_pickle(path), EMA_KEY, ema)
     report = [f"took the {which} weights of {path.name}"]
     weights: dict[str, Tensor] = {}
     dropped, unknown = [], []
@@ -252,14 +192,5 @@ def _fit(
         weights, lines = resize_tables(weights, target)
     except ValueError as error:
         raise UserError(f"{path}: {model_name} cannot be built so: {error}") from error
-    unknown += [name for name in weights if name not in target]
-    missing = [name for name in target if name not in weights]
-    shapes = [n for n in target if n in weights and weights[n].shape != target[n].shape]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of other shape"))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{path} does not fit {model_name}: tensors {'; '.join(problems)}")
+    require_fit(path, model_name, weights, target, unknown)
     return weights, lines

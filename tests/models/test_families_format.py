@@ -150,7 +150,7 @@ def test_files_that_do_not_fit_are_refused(mini, tmp_path, capsys):
     assert "run by the unpickler" not in capsys.readouterr().out
     with pytest.raises(UserError, match="no FLatten or InLine model"):
         convert_released(file, "l2vit_tiny")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="checkpoint not found"):
         convert_released(tmp_path / "absent.pth", "flatten_swin_mini")
 
 
