@@ -87,13 +87,19 @@ def run_build(arguments: argparse.Namespace) -> int:
     rules["exif"] = rules["exif"] or ("keep" if arguments.dataset == "imagenet1k" else "apply")
     names = Options.__dataclass_fields__.keys() & values.keys()
     options = Options(
-        sources=tuple(arguments.source),
+        sources=_absolute(arguments.source),
         rules=Rules(**rules),
-        **{name: values[name] for name in names - {"exclude"}},
-        exclude=tuple(arguments.exclude),
+        **{name: values[name] for name in names - {"exclude", "out"}},
+        exclude=_absolute(arguments.exclude),
+        out=arguments.out.absolute(),
     )
     build(options)
     return 0
+
+
+def _absolute(paths: Sequence[str]) -> tuple[str, ...]:
+    """The same command may be given again from another directory."""
+    return tuple(str(Path(path).absolute()) for path in paths)
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:

@@ -197,6 +197,9 @@ def load_units(workspace: Workspace) -> tuple[list[Unit], set[str]]:
     units = []
     for row in raw["units"]:
         entries = tuple(Entry(**entry) for entry in row.pop("entries"))
+        _, staged, place = row["path"].partition("/.build/staged/")
+        if staged:  # the shard directory may have moved since
+            row["path"] = str(workspace.root / "staged" / place)
         units.append(Unit(entries=entries, **row))
     return units, set(raw["found"])
 
@@ -261,7 +264,8 @@ def read_unit(unit: Unit, max_bytes: int) -> Iterator[Raw]:
     if unit.kind == "folder":
         yield from _read_folder(unit, max_bytes)
         return
-    with archives.open_window(Path(unit.path), unit.offset, unit.size or None) as stream:
+    size = None if unit.kind == "flat" else unit.size
+    with archives.open_window(Path(unit.path), unit.offset, size) as stream:
         if unit.kind == "flat":
             items = ((e.class_id, archives.Member(e.name, e.offset, e.size)) for e in unit.entries)
         else:

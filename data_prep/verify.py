@@ -89,7 +89,7 @@ def repair(directory: Path, manifest: Manifest, findings: list[Finding]) -> list
     Raises:
         UserError: the build directory or the source is gone.
     """
-    workspace = Workspace(directory / manifest.provenance.get("build", ".build"))
+    workspace = Workspace((directory / manifest.provenance.get("build", ".build")).resolve())
     if not workspace.order(manifest.split).is_file():
         raise UserError(f"--repair needs {workspace.root}, which the build left; build anew")
     options = Options.from_identity(manifest.provenance["options"], directory)
