@@ -14,6 +14,7 @@ from pathlib import Path
 from l2vit import cli
 from l2vit.launch import processes
 
+PREFLIGHT = "--preflight"
 ORPHAN_GRACE = 120.0
 """Seconds a rank without its launcher has to save and leave."""
 
@@ -28,8 +29,11 @@ def run(module: str, argv: Sequence[str]) -> int:
     settle_environment()
     watch_launcher()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    program = importlib.import_module(module)
     arguments = without_local_rank(argv)
+    if PREFLIGHT in arguments:
+        arguments.remove(PREFLIGHT)
+        module = "l2vit.launch.cluster_check"
+    program = importlib.import_module(module)
     return cli.run(lambda: program.main(arguments), program=module, report=rank == "0")
 
 

@@ -14,6 +14,7 @@ from l2vit.train import batching, model
 from l2vit.train.batching import Split
 from l2vit.train.config import TrainConfig
 from l2vit.train.engine import DTYPES, deepspeed_config
+from l2vit.train.run import mix_group
 from l2vit.train.schedule import Schedule, interval_of
 
 STAGES = (1, 2, 3)
@@ -200,7 +201,7 @@ def _tracer(config: TrainConfig, classes: int) -> Tracer:
 
 def _choose(config: TrainConfig, cluster: Cluster, tracer: Tracer) -> Split:
     """The configured micro-batch, or the largest that fits into the device."""
-    options = {"world": cluster.ranks, "multiple_of": config.augment.mix_group}
+    options = {"world": cluster.ranks, "multiple_of": mix_group(config)}
     batch = config.schedule.global_batch
     if config.engine.micro_batch:
         return batching.split(batch, micro_batch=config.engine.micro_batch, **options)
@@ -213,7 +214,7 @@ def _choose(config: TrainConfig, cluster: Cluster, tracer: Tracer) -> Split:
         if (option.micro_batch - 2) * an_image <= room:
             return option
     raise ConfigError(
-        f"a micro-batch of {config.augment.mix_group} images does not fit into"
+        f"a micro-batch of {mix_group(config)} images does not fit into"
         f" {cluster.device.room_gib:g} GiB (largest asked for: {largest.micro_batch});"
         " raise engine.zero_stage or set engine.grad_checkpointing=true"
     )

@@ -7,6 +7,7 @@ checkpoint, ``run.resume``, ``init.source``, scratch. So the same command always
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from l2vit import __version__, files
 from l2vit.config import dump, to_tree
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError, UserError
+from l2vit.launch import preflight
 from l2vit.train import batching, checkpoint, distributed, model, param_groups, vitals
 from l2vit.train.checkpoint import CheckpointMeta, Reader
 from l2vit.train.clock import PhaseClock
@@ -150,6 +152,7 @@ def open_run(config: TrainConfig) -> Iterator[Run | None]:
     run: Run | None = None
     try:
         directory = _prepare_directory(config, world)
+        preflight.quick(config, world)
         if not _finished(directory, config):
             run = _assemble(config, world, directory, stop)
         yield run
@@ -492,6 +495,7 @@ def _announce(run: Run, reader: Reader | None) -> None:
     run.metrics.say("\n".join(lines))
 
 
+@functools.cache
 def git_commit() -> str:
     """Commit of the code that runs, with ``+changes`` if it was edited; empty outside git."""
     here = Path(__file__).parent
@@ -509,6 +513,7 @@ def _git(here: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     from importlib.metadata import PackageNotFoundError, version

@@ -1,0 +1,133 @@
+"""What preflight finds: differences between ranks, a directory that is not shared, slow parts."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2vit.errors import UserError
+from l2vit.launch import cluster_check, preflight
+from l2vit.launch.cluster_check import Measured, Need
+from l2vit.launch.preflight import Facts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+import small_runs
+from forked_ranks import Ranks
+
+SAME = {"torch": "2.11.0", "configuration": "abc", "manifest": "def"}
+
+
+def facts(rank: int, **changes) -> Facts:
+    values = {"rank": rank, "host": f"node{rank // 2}", "device": "NVIDIA H100 80GB HBM3"}
+    values |= {"driver": "580.1", "free_gib": 78.0, "clock": 1e9, "same": dict(SAME)}
+    return Facts(**(values | changes))
+
+
+def texts(*ranks: Facts) -> list[str]:
+    return [str(problem) for problem in preflight.differences(ranks)]
+
+
+def test_ranks_that_agree_have_no_problem():
+    assert texts(*map(facts, range(8))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"same": SAME | {"torch": "2.10.0"}}, ["torch", "has 2.10.0", "others have 2.11.0"]),
+        ({"same": SAME | {"configuration": "xyz"}}, ["configuration", "same file and overrides"]),
+        ({"same": SAME | {"manifest": "not readable"}}, ["manifest", "data.train"]),
+        ({"same": {"torch": "2.11.0", "manifest": "def"}}, ["configuration", "has missing"]),
+        ({"driver": "570.2"}, ["driver", "has 570.2", "install the same driver"]),
+        ({"device": "NVIDIA A100-SXM4-80GB"}, ["device", "A100"]),
+        ({"clock": 1e9 - 30}, ["clock of node1", "-30.0 s off", "chrony"]),
+        ({"free_gib": 40.0}, ["40.0 GiB free, others 78.0", "nvidia-smi"]),
+    ],
+)
+def test_a_difference_names_rank_host_and_fix(change, parts):
+    found = texts(facts(0), facts(1), facts(2), facts(3, **change))
+    assert len(found) == 1
+    for part in ["node1", *parts]:
+        assert part in found[0]
+    assert "rank 3" in found[0]
+
+
+def test_many_different_ranks_are_counted_not_listed():
+    ranks = [facts(r, driver="570" if r < 10 else "580") for r in range(32)]
+    (found,) = texts(*ranks)
+    assert found.count("rank ") == 4 and "6 more ranks differ" in found
+
+
+def test_slow_parts_are_compared_with_the_need():
+    need = Need(gradient_bytes=400_000_000, compute_seconds=0.1, images_per_second_per_node=1000.0)
+    good = Measured(20.0, 300.0, 256.0, {"node0": 2000.0, "node1": 1500.0})
+    assert cluster_check.judge(good, need, ranks=16) == []
+    # 2 · 15/16 · 400 MB at 1 GB/s: 750 ms beside 100 ms of computing.
+    slow_wire = dataclasses.replace(good, bus_gbs=1.0)
+    (problem,) = cluster_check.judge(slow_wire, need, ranks=16)
+    assert "takes 750 ms" in str(problem) and "NCCL_IB_HCA" in problem.fix
+    slow_loader = dataclasses.replace(good, images_per_second={"node0": 2000.0, "node1": 800.0})
+    (problem,) = cluster_check.judge(slow_loader, need, ranks=16)
+    assert "node1 loads 800 images/s" in str(problem) and "data.threads" in problem.fix
+    assert cluster_check.judge(slow_loader, Need(1, 0.0, 0.0), ranks=16) == []
+    text = cluster_check.table([facts(0), facts(1)], slow_loader, need, [problem])
+    assert "1 problem(s)" in text and "fix: raise data.threads" in text and "node1" in text
+
+
+def test_devices_are_known_by_their_names():
+    assert cluster_check.known_device("NVIDIA H100 80GB HBM3").name == "h100"
+    assert cluster_check.known_device("CPU, 2 cores") is None
+
+
+def on_two_ranks(world, shards: Path, folder: Path):
+    from l2vit import config
+    from l2vit.train.config import TrainConfig
+
+    def load(run: Path, *overrides: str) -> TrainConfig:
+        changes = [f"run.dir={run}", "model.name=l2vit_mini", "data.input_size=32", *overrides]
+        return config.load(TrainConfig, small_runs.settings(shards, run), changes)
+
+    (folder / str(world.rank)).mkdir()
+    world.barrier()
+    shared = load(folder / "shared") if world.main else None
+    shared = world.broadcast(shared)
+    found = {"facts": preflight.collect(shared, world)}
+    found["shared"] = preflight.shared_directory(folder / "shared", world)
+    apart = folder / str(world.rank) / "run"  # the same path on two hosts that share nothing
+    found["apart"] = preflight.shared_directory(apart, world, seconds=0.3)
+    preflight.quick(shared, world)
+    try:
+        preflight.quick(dataclasses.replace(shared, run=_seeded(shared, world.rank)), world)
+    except UserError as error:
+        found["quick"] = str(error)
+    cluster_check.SECONDS = 0.5
+    found["measured"] = cluster_check.measure(shared, world)
+    found["need"] = cluster_check.needed(shared, world, found["facts"])
+    return found
+
+
+def _seeded(config, seed: int):
+    return dataclasses.replace(config.run, seed=seed)
+
+
+def test_two_real_ranks(tmp_path):
+    shards = small_runs.build_shards(tmp_path, 80)
+    (tmp_path / "ranks").mkdir()
+    first, second = Ranks(on_two_ranks, 2, shards, tmp_path / "ranks", directory=tmp_path).results()
+    assert [f.rank for f in first["facts"]] == [0, 1] and first["facts"] == second["facts"]
+    assert preflight.differences(first["facts"]) == []
+    assert abs(first["facts"][0].clock - first["facts"][1].clock) < 2
+    assert len(first["facts"][0].same["manifest"]) == 12
+    assert first["shared"] == second["shared"] == []
+    (problem,) = first["apart"]
+    assert problem.fatal and "did not appear" in str(problem) and "file system" in problem.fix
+    assert first["quick"] == second["quick"]
+    assert "configuration differs: rank 1 on " in first["quick"]
+    measured = first["measured"]
+    assert 0 < measured.bus_gbs < 1000 and 0 < measured.latency_us < 1e6
+    assert all(rate > 1 for rate in measured.images_per_second.values())
+    # l2vit_mini has 2.3 M weights with four classes; gradients travel in fp32.
+    assert 2.2e6 < first["need"].gradient_bytes / 4 < 2.5e6
+    assert not list((tmp_path / "ranks").rglob(".preflight"))
