@@ -71,6 +71,21 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def chosen_device(name: str) -> torch.device:
+    """The device called ``name`` (empty: the default one).
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    try:
+        device = torch.device(name) if name else default_device()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used here: {reason}") from None
+    return device
+
+
 def evaluate_model(
     model: nn.Module, dataset: Dataset, preprocessing: Preprocessing, setting: Setting
 ) -> Result:
@@ -190,7 +205,16 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.batch < 1 or options.threads < 0 or options.input_size < 0:
         raise ConfigError("--batch must be at least 1, --threads and --input-size not negative")
-    source = sources.read(options.model, weights=options.weights, model=options.name)
+    for path in filter(None, (options.json, options.picture, options.predictions)):
+        if not path.parent.is_dir():
+            raise ConfigError(f"no directory {path.parent} to write {path.name} into")
+    source = sources.read(
+        options.model,
+        weights=options.weights,
+        model=options.name,
+        window_size=options.window_size,
+        input_size=options.input_size,
+    )
     dataset = datasets.open_dataset(options.data, source, options.label_set)
     preprocessing = _preprocessing(options, source)
     setting = Setting(
@@ -198,7 +222,7 @@ def _run(options: argparse.Namespace) -> None:
         options.batch,
         options.threads,
         options.precision,
-        torch.device(options.device) if options.device else default_device(),
+        chosen_device(options.device),
     )
     for line in _notes(source, dataset, preprocessing, options.window_size):
         print(f"finetune.evaluate: note: {line}", file=sys.stderr)

@@ -65,18 +65,26 @@ def _run(options: argparse.Namespace) -> None:
     if options.window_size < 0 or options.input_size < 0 or options.proof_images < 0:
         raise ConfigError("--window-size, --input-size and --proof-images must not be negative")
     _require_free(options.out)
-    source = _adjusted(
-        sources.read(options.checkpoint, weights=options.weights, model=options.model), options
+    source = sources.read(
+        options.checkpoint,
+        weights=options.weights,
+        model=options.model,
+        window_size=options.window_size,
+        input_size=options.input_size,
     )
+    source = _adjusted(source, options)
     for line in _notes(source):
         print(f"finetune.export_timm: note: {line}", file=sys.stderr)
     samples, origin = proof_samples(source, options.images, options.proof_images)
-    temporary = options.out.with_name(options.out.name + files.TEMPORARY_SUFFIX)
+    out: Path = options.out.absolute()
+    temporary = out.with_name(out.name + files.TEMPORARY_SUFFIX)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         _fill(temporary, source, samples, origin, options)
-        _replace(temporary, options.out)
+        _replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"exported {options.out}: {source.model}, {source.which} weights of {source.path}")
@@ -84,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _require_free(out: Path) -> None:
     """Refuse to replace anything that is not an earlier export."""
-    if out.exists() and not (out / CERTIFICATE).is_file() and any(out.iterdir()):
+    if out.is_file() or (out.exists() and not (out / CERTIFICATE).is_file() and any(out.iterdir())):
         raise UserError(f"{out} exists and is no earlier export; choose another --out")
 
 

@@ -59,26 +59,25 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 
-def timm_config(source: Source, num_features: int, window_free: dict[str, Any]) -> dict[str, Any]:
+def timm_config(source: Source, num_features: int, registered: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` as timm reads it: enough to rebuild, to preprocess and to name answers.
 
     Args:
         source: of the weights, with the preprocessing to record.
         num_features: channels before the classifier.
-        window_free: the registered pretrained_cfg of the architecture (first_conv, classifier).
+        registered: the registered pretrained_cfg of the architecture (first_conv, classifier).
     """
     shown = source.preprocessing
     config: dict[str, Any] = {
         "architecture": source.model,
         "num_classes": source.num_classes,
         "num_features": num_features,
-        "global_pool": "avg",
         "model_args": source.model_args,
         "pretrained_cfg": {
-            **{k: window_free[k] for k in ("first_conv", "classifier") if window_free.get(k)},
+            **{k: registered[k] for k in ("first_conv", "classifier") if registered.get(k)},
             "custom_load": False,
             "input_size": [3, shown.input_size, shown.input_size],
-            "fixed_input_size": bool(window_free.get("fixed_input_size", False)),
+            "fixed_input_size": bool(registered.get("fixed_input_size", False)),
             "interpolation": "bicubic",
             "crop_pct": shown.crop_fraction,
             "crop_mode": shown.crop_mode,

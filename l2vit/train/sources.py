@@ -8,7 +8,7 @@ through here, so a new kind of file is one new function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,15 @@ from l2vit import files
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
 from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
+from l2vit.models.families import VARIANTS
+from l2vit.models.families_format import convert_released
+from l2vit.models.host import resize_tables
 from l2vit.train import checkpoint
 
 TIMM_CONFIG = "config.json"
 TIMM_WEIGHTS = "model.safetensors"
+_SQUASHED_FROM = 384
+"""L2ViT is evaluated on the whole picture squashed at this size, on a centre crop below."""
 _IMAGENET_LISTS = {1000: "imagenet-1k", 21841: "imagenet-22k"}
 
 
@@ -91,8 +96,9 @@ class Source:
             model = timm.create_model(self.model, num_classes=self.num_classes, **arguments)
         except (RuntimeError, TypeError) as error:
             raise UserError(f"{self.path}: cannot build {self.model}: {error}") from None
-        require_fit(model, self.weights, where=str(self.path), skip=())
-        model.load_state_dict(self.weights)
+        weights, _ = resize_tables(self.weights, model.state_dict())
+        require_fit(model, weights, where=str(self.path), skip=())
+        model.load_state_dict(weights)
         return model.eval()
 
 
@@ -138,7 +144,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def read(path: Path | str, *, weights: checkpoint.Weights = "auto", model: str = "") -> Source:
+def read(
+    path: Path | str,
+    *,
+    weights: checkpoint.Weights = "auto",
+    model: str = "",
+    window_size: int = 0,
+    input_size: int = 0,
+) -> Source:
     """Read weights from a run, a checkpoint, an exported directory or a released file.
 
     Args:
@@ -146,13 +159,17 @@ def read(path: Path | str, *, weights: checkpoint.Weights = "auto", model: str =
             on), one checkpoint directory, a directory holding timm's ``config.json``, or a file.
         weights: ``raw``, ``ema`` or ``auto`` (ema where there is one); for training checkpoints.
         model: registry name, for released files that do not tell what they are.
+        window_size: for released files: another than they were trained with; 0 keeps it.
+        input_size: likewise, in pixels.
 
     Raises:
         UserError: nothing readable there, or the content contradicts itself; names what.
     """
     path = Path(path)
     if path.is_file():
-        return read_released(path, model)
+        return read_released(
+            path, model, weights=weights, window_size=window_size, input_size=input_size
+        )
     if not path.is_dir():
         raise UserError(f"no such model: {path} (expected a run, checkpoint, export or file)")
     if (path / TIMM_CONFIG).is_file():
@@ -261,12 +278,78 @@ def read_timm(path: Path) -> Source:
     )
 
 
-def read_released(path: Path, model: str = "") -> Source:
+def read_released(
+    path: Path,
+    model: str = "",
+    *,
+    weights: checkpoint.Weights = "auto",
+    window_size: int = 0,
+    input_size: int = 0,
+) -> Source:
     """A file released by a network's authors: THE place that chooses a converter.
 
     Without ``model`` it is an L2ViT file, whose variant its shapes tell.
     """
-    raise UserError(f"{path} is a file; give a run, a checkpoint or an exported directory")
+    ema = None if weights == "auto" else weights == "ema"
+    wishes = {"input_size": input_size or None, "window_size": window_size or None}
+    if model in VARIANTS:
+        family = convert_released(path, model, ema=ema, **wishes)
+        note = "; ".join(family.report)
+        return _released(path, model, family.model_args, family.weights, family.which, note)
+    from l2vit.models.timm_format import convert_authors
+
+    found = convert_authors(path, ema=ema, **wishes)
+    if model not in ("", found.model_name):
+        raise UserError(f"{path} holds {found.model_name}, not {model}")
+    arguments = {"window_size": found.args.window_size, "img_size": found.args.input_size}
+    which = "ema" if found.report[0].startswith("took the EMA") else "raw"
+    note = "; ".join(found.report)
+    return _released(path, found.model_name, arguments, found.state_dict, which, note)
+
+
+def _released(
+    path: Path,
+    model: str,
+    arguments: dict[str, Any],
+    weights: dict[str, Tensor],
+    which: str,
+    note: str,
+) -> Source:
+    """A released file, to be evaluated as its authors do (timm's pretrained_cfg says how)."""
+    registered: Any = timm.get_pretrained_cfg(model)
+    size = arguments.get("img_size", registered.input_size[-1])
+    crop = (registered.crop_pct, registered.crop_mode)
+    if model not in VARIANTS and size >= _SQUASHED_FROM:
+        crop = (1.0, "squash")
+    source = Source(
+        path=path,
+        kind="released",
+        model=model,
+        model_args=arguments,
+        weights=weights,
+        which=which,
+        classes=(),
+        class_names=(),
+        preprocessing=Preprocessing(size, *crop, registered.mean, registered.std),
+        note=note,
+    )
+    return _with_imagenet_classes(source)
+
+
+def _with_imagenet_classes(source: Source) -> Source:
+    """Name the outputs of a released file, which does not: ImageNet's wnids, sorted."""
+    count = source.num_classes
+    classes = imagenet_classes(count)
+    if not classes:
+        note = f"the file does not name its {count} classes"
+    else:
+        note = f"its {count} outputs are taken to be {_IMAGENET_LISTS[count]}'s sorted wnids"
+    return replace(
+        source,
+        classes=classes,
+        class_names=describe_classes(classes),
+        note="; ".join(filter(None, [source.note, note])),
+    )
 
 
 def imagenet_classes(count: int) -> tuple[str, ...]:

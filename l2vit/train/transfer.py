@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from l2vit import files
 from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
+from l2vit.models.host import resize_tables
 from l2vit.train import sources
 from l2vit.train.config import InitConfig
 from l2vit.train.sources import Source
 
-Fate = Literal["loaded", "sliced", "initialised", "left out"]
+Fate = Literal["loaded", "resized", "sliced", "initialised", "left out"]
 _REPORT = "transfer_report"
 _STAGES = 4
 
@@ -116,7 +117,8 @@ def load_initial(
     _require_same_model(model, source)
     head = sources.head_name(model)
     skip = (f"{head}.",)
-    sources.require_fit(model, source.weights, where=f"init.source {source.path}", skip=skip)
+    weights, _ = resize_tables(source.weights, own)
+    sources.require_fit(model, weights, where=f"init.source {source.path}", skip=skip)
     plan = plan_head(source, classes, init.head)
     fates = []
     with torch.no_grad():
@@ -124,8 +126,8 @@ def load_initial(
             if name.startswith(skip):
                 fates.append(_load_head_tensor(name, tensor, source, plan))
             else:
-                tensor.copy_(source.weights[name])
-                fates.append(TensorFate(name, tuple(tensor.shape), "loaded", "same name and shape"))
+                tensor.copy_(weights[name])
+                fates.append(_body_fate(name, source.weights[name], tensor))
     fates += _left_out(source, plan, skip)
     missing = tuple(c for c, row in zip(classes, plan.rows, strict=True) if row < 0)
     missing = missing if plan.kind == "slice" else ()
@@ -138,6 +140,13 @@ def load_initial(
         note=source.note,
         tensors=tuple(fates),
     )
+
+
+def _body_fate(name: str, given: Tensor, tensor: Tensor) -> TensorFate:
+    shape = tuple(tensor.shape)
+    if given.shape == tensor.shape:
+        return TensorFate(name, shape, "loaded", "same name and shape")
+    return TensorFate(name, shape, "resized", f"position table from {tuple(given.shape)}, bicubic")
 
 
 def _require_same_model(model: nn.Module, source: Source) -> None:
@@ -235,7 +244,7 @@ def padding_warnings(model: str, input_size: int, window_size: int) -> list[str]
         input_size: height and width of the input in pixels.
         window_size: of the local window attention.
     """
-    if not model.startswith("l2vit"):
+    if not model.startswith(("l2vit", "enhanced_swin")):
         return []
     warnings = []
     grid = -(-input_size // 4)  # the stem and each down-sampling round up

@@ -165,6 +165,20 @@ def test_models_that_cannot_be_used_are_named(tmp_path, shards, capfd):
         assert words in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--json", "/nowhere/a.json"], "no directory /nowhere"),
+        (["--device", "meteor"], "--device meteor"),
+        (["--batch", "0"], "--batch"),
+    ],
+)
+def test_arguments_are_refused_before_any_work(run, shards, flags, words, capfd):
+    assert evaluate.main(["--model", str(run), "--data", str(shards), *flags]) == 2
+    error = capfd.readouterr().err.strip()
+    assert words in error and error.count("\n") == 0
+
+
 def imagenet_source(tmp_path, outputs=1000):
     model = make_model(classes=outputs)
     classes = ImageNetInfo("imagenet-1k").label_names()

@@ -225,6 +225,7 @@ def test_window_and_size_may_change_at_export(run, tmp_path, model, capfd, same_
     assert "padded" not in capfd.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_onnx_and_torch_export_and_whole_accuracy(run, tmp_path, shards, model, same_process):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

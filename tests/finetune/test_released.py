@@ -1,0 +1,138 @@
+"""Files that networks' authors released go through the same commands as our own runs."""
+
+import argparse
+import json
+
+import timm
+import torch
+from conftest import make_model
+
+from finetune import evaluate, export_timm
+from l2vit.errors import UserError
+from l2vit.train import sources
+from l2vit.train.config import InitConfig
+from l2vit.train.transfer import load_initial
+
+
+def inline_deit(classes=12):
+    torch.manual_seed(3)
+    return timm.create_model("inline_deit_tiny", num_classes=classes, img_size=64).eval()
+
+
+def released_deit(path, model):
+    """As its authors save it: their names, training state beside."""
+    weights = {k.replace("attn.core.", "attn."): v for k, v in model.state_dict().items()}
+    torch.save({"model": weights, "epoch": 299, "max_accuracy": 74.5}, path)
+    return path
+
+
+def released_l2vit(path, model, **extra):
+    """Under the key names of spec/model.md, typed here from there."""
+    theirs = {}
+    for name, tensor in model.state_dict().items():
+        part = name.split(".")
+        if name.startswith("stem.layers"):
+            key = f"downsample_layers.0.proj.proj.{'.'.join(part[2:])}"
+        elif name.startswith("stem.norm"):
+            key = f"downsample_layers.0.norm.{part[2]}"
+        elif part[2:3] == ["downsample"]:
+            kind = {"conv": "proj", "norm": "norm"}[part[3]]
+            key = f"downsample_layers.{part[1]}.{kind}.{part[4]}"
+        elif part[0] == "stages":
+            rest = ".".join(part[4:])
+            for ours, released in (
+                ("cpe1.conv", "cpe.0.proj"),
+                ("cpe2.conv", "cpe.1.proj"),
+                ("attn.scale", "attn.temperature"),
+                ("lcm_norm", "norm3"),
+                ("lcm.norm", "local_mp.bn"),
+                ("lcm.", "local_mp."),
+            ):
+                if rest.startswith(ours):
+                    rest = released + rest[len(ours) :]
+                    break
+            key = f"stages.{part[1]}.{part[3]}.{rest}"
+        else:
+            key = name.replace("head.fc.", "head.")
+        theirs[key] = tensor
+    settings = argparse.Namespace(input_size=48, window_size=6, lr=1e-3)
+    torch.save({"model": theirs, "args": settings, **extra}, path)
+    return path
+
+
+def test_the_l2vit_authors_file_needs_no_name(tmp_path, model, folders):
+    file = released_l2vit(tmp_path / "authors.pth", model)
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(file), "--out", str(out), "--images", str(folders)]
+    assert export_timm.main([*arguments, "--proof-images", "20"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["architecture"] == "l2vit_mini"
+    assert (config["model_args"]["window_size"], config["model_args"]["img_size"]) == (6, 48)
+    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        assert torch.equal(again(images), model(images))
+
+
+def test_the_l2vit_authors_file_begins_a_fine_tuning(tmp_path, model):
+    file = released_l2vit(tmp_path / "authors.pth", model)
+    target = timm.create_model("l2vit_mini", num_classes=3, window_size=12)
+    init = InitConfig(source=str(file))
+    report = load_initial(target, init, classes=("a", "b", "c"), class_names=())
+    for name, tensor in target.state_dict().items():
+        if not name.startswith("head.fc"):
+            assert torch.equal(tensor, model.state_dict()[name])
+    assert "authors.pth" in report.summary() and "no class is shared" in report.head
+
+
+def test_inline_file_is_exported_with_proof(tmp_path, capfd):
+    model = inline_deit()
+    file = released_deit(tmp_path / "inline.pth", model)
+    out = tmp_path / "out"
+    flags = ["--model", "inline_deit_tiny", "--input-size", "64"]
+    assert export_timm.main(["--checkpoint", str(file), "--out", str(out), *flags]) == 0
+    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(again(images), model(images))
+    config = json.loads((out / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_mode"] == "squash"
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert "does not name its 12 classes" in (out / "README.md").read_text()
+    proof = json.loads((out / "certificate.json").read_text())["timm"]
+    assert proof["images"] == proof["same_first_answer"] == 10
+
+
+def test_a_released_file_is_evaluated_by_name(tmp_path, folders):
+    file = released_deit(tmp_path / "inline.pth", inline_deit(classes=10))
+    figures = tmp_path / "figures.json"
+    flags = ["--name", "inline_deit_tiny", "--input-size", "64", "--threads", "0"]
+    arguments = ["--model", str(file), "--data", str(folders), "--json", str(figures)]
+    assert evaluate.main([*arguments, *flags]) == 0
+    assert json.loads(figures.read_text())["count"] == 120
+
+
+def test_a_thousand_outputs_are_imagenets(tmp_path):
+    file = released_deit(tmp_path / "inline.pth", inline_deit(classes=1000))
+    source = sources.read(file, model="inline_deit_tiny", input_size=64)
+    assert source.classes[0] == "n01440764" and source.classes[850] == "n04399382"
+    assert source.class_names[850].startswith("teddy")
+    assert "sorted wnids" in source.note
+
+
+def test_other_files_are_refused_in_one_line(tmp_path, capfd):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not a checkpoint")
+    for flags in ([], ["--model", "inline_deit_tiny"]):
+        arguments = ["--checkpoint", str(notes), "--out", str(tmp_path / "o"), *flags]
+        assert export_timm.main(arguments) == 1
+        error = capfd.readouterr().err.strip()
+        assert error.count("\n") == 0 and "notes.txt" in error
+    file = tmp_path / "l2vit.pth"
+    torch.save({"model": make_model().state_dict()}, file)
+    try:
+        sources.read(file, model="inline_deit_tiny")
+    except UserError as error:
+        assert "inline_deit_tiny" in str(error)
+    else:
+        raise AssertionError("another network's file was accepted")
