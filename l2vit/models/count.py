@@ -16,17 +16,37 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(
-    model: nn.Module, input_size: int | tuple[int, int] = 224, in_chans: int = 3
+    model: nn.Module,
+    input_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    *,
+    norms: bool = False,
 ) -> float:
-    """Multiply-adds of one image: matrix products and convolutions, nothing else.
+    """Multiply-adds of one image: matrix products and convolutions.
 
     Runs on the meta device: no memory, no arithmetic. The model itself is left as it was.
+
+    Args:
+        model: takes images (1, in_chans, H, W).
+        input_size: H and W, or (H, W).
+        norms: add normalisation as the paper's tables do (and fvcore): 5 for each value through a
+            LayerNorm, 2 for each through a BatchNorm.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     twin = copy.deepcopy(model).to(device="meta", dtype=torch.float32).eval()
     image = torch.empty(1, in_chans, height, width, device="meta")
     counter = FlopCounterMode(display=False)
+    extra = 0
+
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal extra
+        extra += inputs[0].numel() * (5 if isinstance(module, nn.LayerNorm) else 2)
+
+    if norms:
+        for module in twin.modules():
+            if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+                module.register_forward_pre_hook(add)
     # Fused attention kernels are opaque to the counter; the plain form does the same products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         twin(image)
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / 2 + extra
