@@ -55,10 +55,11 @@ def build_graph(
     interpolation: str,
     threads: int,
     prefetch: int,
+    gpu: bool,
     device_id: int | None,
     hw_decoder_load: float = 0.65,
 ) -> Pipeline:
-    """The graph; ``device_id`` None runs it on the CPU, else decoding is ``mixed``.
+    """The graph, for the CPU or a GPU.
 
     Args:
         source: gives a batch: images, anchors, shapes, sizes, windows, flips.
@@ -67,7 +68,9 @@ def build_graph(
         interpolation: ``bicubic`` or ``bilinear``, antialiased as PIL's is.
         threads: CPU threads of DALI.
         prefetch: batches under way in the graph.
-        device_id: CUDA device, or None.
+        gpu: decode on the GPU (``mixed``); later operators follow.
+        device_id: CUDA device. None for the CPU; a GPU graph without one can be checked
+            (``serialize()``) where there is no driver, not built.
         hw_decoder_load: share of the JPEGs for the hardware decoder of GPUs that have one.
     """
     from nvidia import dali
@@ -102,7 +105,7 @@ def build_graph(
             output_type=types.RGB,
             adjust_orientation=False,  # timm ignores EXIF, DALI would turn the picture
             jpeg_fancy_upsampling=True,
-            **(mixed if device_id is not None else {}),
+            **(mixed if gpu else {}),
         )
         pictures = fn.resize(
             pictures,

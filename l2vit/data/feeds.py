@@ -13,7 +13,7 @@ from l2vit.data.dali_loader import Feed
 from l2vit.data.draws import Drawer, Drawn
 from l2vit.data.plan import EvalPlan, TrainPlan
 from l2vit.data.raw import Erasing
-from l2vit.data.shards import Sample, ShardReader, jpeg_size
+from l2vit.data.shards import Sample, ShardReader, image_size
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Encoded:
 
 
 def _accept(sample: Sample) -> _Encoded:
-    return _Encoded(sample.image, jpeg_size(sample.image))
+    return _Encoded(sample.image, image_size(sample.image))
 
 
 def _accept_strictly(sample: Sample) -> _Encoded:

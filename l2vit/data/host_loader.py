@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from l2vit.data import host_ops
 from l2vit.data.bad_samples import Fetched, fetch
 from l2vit.data.config import AugmentConfig
 from l2vit.data.draws import Drawer, fill_colour
+from l2vit.data.pixel_ops import apply_ops
 from l2vit.data.plan import EvalPlan, TrainPlan
 from l2vit.data.raw import Erasing, RawBatch
 from l2vit.data.shards import ShardReader
@@ -23,7 +25,7 @@ from l2vit.data.shards import ShardReader
 
 def _decoded(
     reader: ShardReader, ids: np.ndarray, following: Callable[[int], int], limit: int
-) -> Fetched[Image.Image]:
+) -> Fetched[np.ndarray]:
     return fetch(
         reader,
         ids,
@@ -49,21 +51,23 @@ class HostTrainSet(torch.utils.data.Dataset[RawBatch]):
         fetched = _decoded(self.reader, work.ids, self.plan.order.following, self.limit)
         pictures = fetched.payloads
         drawn = self.drawer.draw(work.epoch, work.ids[: len(pictures)])
-        sizes = np.array([(p.height, p.width) for p in pictures]).reshape(-1, 2)
+        sizes = np.array([picture.shape[:2] for picture in pictures]).reshape(-1, 2)
         boxes = self.drawer.boxes(drawn, sizes)
         fill, interpolation = fill_colour(self.augment), self.augment.interpolation
         pixels = np.empty((len(pictures), self.input_size, self.input_size, 3), np.uint8)
         for i, picture in enumerate(pictures):
             picture = host_ops.crop_resize(picture, boxes[i], self.input_size, interpolation)
-            if drawn.flip[i]:
-                picture = host_ops.flip(picture)
-            picture = host_ops.apply_ops(
-                picture, drawn.ops[i], drawn.arguments[i], fill=fill, interpolation=interpolation
-            )
-            pixels[i] = np.asarray(picture)
+            pixels[i] = picture[:, ::-1] if drawn.flip[i] else picture
+        batch = apply_ops(
+            torch.from_numpy(pixels),
+            drawn.ops,
+            drawn.arguments,
+            fill=fill,
+            interpolation=interpolation,
+        )
         return RawBatch(
             work,
-            torch.from_numpy(pixels),
+            batch,
             fetched.ids,
             fetched.labels,
             Erasing.draw(drawn.erase, drawn.noise_keys),
@@ -98,7 +102,7 @@ class HostEvalSet(torch.utils.data.Dataset[RawBatch]):
         fetched = _decoded(self._reader, work.ids, lambda sample_id: sample_id, limit=0)
         pixels = torch.empty((len(fetched.ids), self._size, self._size, 3), dtype=torch.uint8)
         for place, picture in enumerate(fetched.payloads):
-            pixels[place] = self._transform(picture).permute(1, 2, 0)
+            pixels[place] = self._transform(Image.fromarray(picture)).permute(1, 2, 0)
         return RawBatch(
             work, pixels, fetched.ids, fetched.labels, None, fetched.bad, fetched.complete
         )
@@ -122,8 +126,15 @@ def host_batches(
         count: how many; None for without end.
     """
     numbers: Iterable[int] = itertools.count() if count is None else range(count)
+    context = None
+    if workers:
+        # Not forked from this process: it has threads (DALI, gloo, NCCL) whose locks a fork would
+        # copy held. The server the workers are forked from has imported what they need, once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
     loader = torch.utils.data.DataLoader(
         dataset,
+        multiprocessing_context=context,
         sampler=numbers,
         batch_size=None,
         num_workers=workers,

@@ -1,4 +1,4 @@
-"""Carrying out drawn parameters on one picture with PIL: the reference both backends answer to."""
+"""Carrying out drawn parameters on one picture on the host, by timm's own functions."""
 
 from __future__ import annotations
 
@@ -8,47 +8,50 @@ from typing import Any, cast
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 
 from l2vit.data.draws import NO_OP, OPS
-from l2vit.data.shards import BadSample
+from l2vit.data.shards import JPEG_START, BadSample
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _WHOLE = {"Posterize", "Solarize", "SolarizeAdd"}
 _PLAIN = {"AutoContrast", "Equalize", "Invert"}
 
 
-def decode(image: bytes) -> Image.Image:
-    """The picture as PIL's RGB; a JPEG with any irregularity is refused.
+def decode(image: bytes) -> np.ndarray:
+    """The picture as (height, width, 3) uint8; a file with any irregularity is refused.
 
-    Three-component JPEGs go through libjpeg-turbo directly, which gives PIL's own pixels in less
-    time; others (grey, CMYK) through PIL.
+    Ordinary JPEGs go through libjpeg-turbo directly, which gives PIL's own pixels in less time;
+    anything else (CMYK, WebP) through PIL.
 
     Raises:
         BadSample: it cannot be decoded, wholly and cleanly.
     """
     try:
-        _, _, colours, _ = simplejpeg.decode_jpeg_header(image)
-        if colours in ("YCbCr", "Gray"):
-            return Image.fromarray(simplejpeg.decode_jpeg(image, colorspace="RGB", strict=True))
+        if image.startswith(JPEG_START):
+            _, _, colours, _ = simplejpeg.decode_jpeg_header(image)
+            if colours in ("YCbCr", "Gray"):
+                return simplejpeg.decode_jpeg(image, colorspace="RGB", strict=True)
         with Image.open(io.BytesIO(image)) as opened:
-            return opened.convert("RGB")
-    except (ValueError, OSError, SyntaxError, UnidentifiedImageError) as error:
+            return np.asarray(opened.convert("RGB"))
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"cannot be decoded ({error})") from None
 
 
-def crop_resize(
-    picture: Image.Image, box: np.ndarray, size: int, interpolation: str
-) -> Image.Image:
-    """The crop ``box`` (top, left, height, width) resized to ``size`` × ``size``."""
-    top, left, height, width = (int(x) for x in box)
-    crop = picture.crop((left, top, left + width, top + height))
-    return crop.resize((size, size), RESAMPLING[interpolation])
+def crop_resize(picture: np.ndarray, box: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """The crop ``box`` (top, left, height, width) resized to (size, size, 3) uint8.
 
-
-def flip(picture: Image.Image) -> Image.Image:
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    By PyTorch's antialiased resize of bytes, made after Pillow's: a byte in some two hundred
+    differs from Pillow's by one, in a quarter of the time.
+    """
+    top, left, height, width = box.tolist()
+    crop = torch.from_numpy(picture[top : top + height, left : left + width])
+    resized = torch.nn.functional.interpolate(
+        crop.permute(2, 0, 1)[None], size=(size, size), mode=interpolation, antialias=True
+    )
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def apply_op(

@@ -116,6 +116,7 @@ def _dali(
         input_size=data.input_size,
         interpolation=interpolation,
         threads=max(1, data.threads),
+        gpu=index is not None,
         device_id=index,
         hw_decoder_load=data.hw_decoder_load,
     )

@@ -6,6 +6,7 @@ and never mapped: a shard that vanishes under a mapping would kill the process.
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from PIL import Image
 
 from l2vit.data.manifest import LABEL_WIDTH, Manifest
 from l2vit.errors import UserError
@@ -25,7 +27,10 @@ _OPEN_SHARDS = 512
 """Shards kept open at once; a rank reads one a lane, so a few hundred."""
 _RUN_AHEAD = 16
 """Neighbours asked for with a sample: a lane reads them next."""
-_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_WEBP_START = b"RIFF"
+_IMAGES = (b"jpg", b"webp")
+"""Extensions of image members."""
 
 
 class BadSample(Exception):
@@ -174,21 +179,22 @@ class ShardReader:
         handle = self._shard(shard)
         members = handle.members(number)
         try:
-            image_at, image_size, _ = members[b"jpg"]
+            extension = next(name for name in _IMAGES if name in members)
+            image_at, size, _ = members[extension]
             label_at, label_size, _ = members[b"cls"]
-        except KeyError as error:
-            raise BadSample(f"no member .{error.args[0].decode()}") from None
+        except (KeyError, StopIteration):
+            raise BadSample("the index names no .jpg (or .webp) and .cls for it") from None
         start = min(image_at, label_at)
-        stop = max(image_at + image_size, label_at + label_size)
+        stop = max(image_at + size, label_at + label_size)
         data = os.pread(handle.descriptor, stop - start, start)
         if len(data) < stop - start:
             raise BadSample("the shard ends before the sample does")
-        image = data[image_at - start : image_at - start + image_size]
+        image = data[image_at - start : image_at - start + size]
         text = data[label_at - start : label_at - start + label_size]
         if handle.checksums is not None:
             self._check_sum(handle.checksums, number, image, text)
         else:
-            check_jpeg_frame(image)
+            check_frame(image)
         return Sample(sample_id, image, self._label(text))
 
     def _check_sum(self, sums: np.ndarray, number: int, image: bytes, label: bytes) -> None:
@@ -226,25 +232,34 @@ def checksum(image: bytes, label: bytes) -> int:
     return zlib.crc32(label, zlib.crc32(image))
 
 
-def check_jpeg_frame(image: bytes) -> tuple[int, int]:
-    """Height and width from the header of a JPEG that begins and ends like one.
+def check_frame(image: bytes) -> None:
+    """Check that a file begins and ends like a whole JPEG or WebP; flipped bits go unseen.
 
     Raises:
-        BadSample: not a JPEG, or cut off.
+        BadSample: neither, or cut off.
     """
-    if not image.startswith(_SOI) or image[-64:].rfind(_EOI) < 0:
-        raise BadSample("not a whole JPEG file")
-    return jpeg_size(image)
+    if image.startswith(JPEG_START):
+        whole = image[-64:].rfind(_JPEG_END) >= 0
+    elif image.startswith(_WEBP_START):
+        whole = int.from_bytes(image[4:8], "little") + 8 <= len(image)
+    else:
+        raise BadSample("neither a JPEG nor a WebP file")
+    if not whole:
+        raise BadSample("the image file is cut off")
 
 
-def jpeg_size(image: bytes) -> tuple[int, int]:
-    """Height and width in a JPEG's header.
+def image_size(image: bytes) -> tuple[int, int]:
+    """Height and width in the header of an image file.
 
     Raises:
-        BadSample: no JPEG header.
+        BadSample: no readable header.
     """
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
-    except ValueError as error:
-        raise BadSample(f"unreadable JPEG header ({error})") from None
+        if image.startswith(JPEG_START):
+            height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        else:
+            with Image.open(io.BytesIO(image)) as opened:
+                width, height = opened.size
+    except (ValueError, OSError) as error:
+        raise BadSample(f"unreadable image header ({error})") from None
     return height, width

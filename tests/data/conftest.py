@@ -54,6 +54,7 @@ def write_shards(
     per_shard: int,
     classes: int,
     checksums: bool = True,
+    extension: str = "jpg",
 ) -> Shards:
     """Write a finished shard directory in the layout of the contract."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def write_shards(
                 key = f"s{i:06d}"
                 keys.append(key)
                 fields, sum_ = [], 0
-                for ext, data in (("jpg", images[i]), ("cls", b"%05d" % labels[i])):
+                for ext, data in ((extension, images[i]), ("cls", b"%05d" % labels[i])):
                     info = tarfile.TarInfo(f"{key}.{ext}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

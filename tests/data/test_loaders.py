@@ -1,0 +1,257 @@
+"""Both backends over real files: one order, one augmentation, exact evaluation, exact resume."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
+
+from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
+from l2vit.data.dali_loader import build_graph
+from l2vit.data.loaders import eval_loader, train_loader
+from l2vit.errors import ConfigError, UserError
+
+CPU = torch.device("cpu")
+PLAIN = AugmentConfig(auto_augment="", erase_prob=0.0)
+GLOBAL = 16
+
+
+def make_train(shards, backend, *, augment=None, rank=0, world=1, micro=16, seen=0, **data):
+    settings = {"threads": 1, "input_size": 64, **data}
+    return train_loader(
+        DataConfig(train=str(shards.directory), backend=backend, **settings),
+        augment or AugmentConfig(),
+        manifest=shards.manifest,
+        seed=11,
+        rank=rank,
+        world=world,
+        micro_batch=micro,
+        global_batch=GLOBAL,
+        device=CPU,
+        images_seen=seen,
+    )
+
+
+def take(loader, count):
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def in_bytes(images: torch.Tensor) -> np.ndarray:
+    """Normalised images as values of 0 … 255."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images * std + mean) * 255).numpy()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_backends_give_the_same_samples_and_pictures(shards, threads):
+    host = take(make_train(shards, "host", threads=threads), 7)
+    dali = take(make_train(shards, "dali"), 7)
+    differences = []
+    for ours, theirs in zip(host, dali, strict=True):
+        np.testing.assert_array_equal(ours.sample_ids, theirs.sample_ids)
+        np.testing.assert_array_equal(ours.positions, theirs.positions)
+        assert ours.epoch == theirs.epoch and torch.equal(ours.labels, theirs.labels)
+        assert ours.labels.tolist() == [shards.labels[i] for i in ours.sample_ids]
+        assert ours.images.dtype == torch.float32 and ours.images.shape == (16, 3, 64, 64)
+        for batch in (ours, theirs):
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        differences.append(np.abs(in_bytes(ours.images) - in_bytes(theirs.images)).mean())
+    assert host[-1].epoch == 2
+    # tiny pictures with grain; photographs are nearer (docs/augmentation.md)
+    assert np.mean(differences) < 0.35, differences
+
+
+@pytest.mark.parametrize("backend", ["host", "dali"])
+def test_plain_pictures_equal_timms_transform(shards, backend):
+    """Without RandAugment: decode, timm's crop of the drawn box, flip, normalise."""
+    from l2vit.data.draws import Drawer
+
+    (batch,) = take(make_train(shards, backend, augment=PLAIN), 1)
+    drawer = Drawer(PLAIN, input_size=64, seed=11)
+    drawn = drawer.draw(0, batch.sample_ids)
+    for place, sample in enumerate(batch.sample_ids.tolist()):
+        image = Image.open(io.BytesIO(shards.images[sample])).convert("RGB")
+        boxes = drawer.boxes(drawn, np.tile([image.height, image.width], (16, 1)))
+        top, left, height, width = boxes[place].tolist()
+        image = image.crop((left, top, left + width, top + height)).resize((64, 64), Image.BICUBIC)
+        if drawn.flip[place]:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        found = in_bytes(batch.images[place]).transpose(1, 2, 0)
+        assert np.abs(found - np.asarray(image, float)).mean() < (
+            0.02 if backend == "host" else 0.4
+        )
+
+
+@pytest.mark.parametrize("backend", ["host", "dali"])
+def test_any_world_and_any_resume_point_sees_the_same_pictures(shards, backend):
+    whole = take(make_train(shards, backend), 6)
+    for world, micro, first_step in [(2, 4, 2), (4, 4, 3), (1, 8, 5)]:
+        accumulation = GLOBAL // (world * micro)
+        for rank in range(world):
+            loader = make_train(
+                shards, backend, rank=rank, world=world, micro=micro, seen=first_step * GLOBAL
+            )
+            for number, batch in enumerate(take(loader, (6 - first_step) * accumulation)):
+                step, micro_step = divmod(number, accumulation)
+                reference = whole[first_step + step]
+                first = (micro_step * world + rank) * micro
+                part = slice(first, first + micro)
+                np.testing.assert_array_equal(batch.sample_ids, reference.sample_ids[part])
+                np.testing.assert_array_equal(batch.positions, reference.positions[part])
+                assert torch.equal(batch.images, reference.images[part])
+                assert torch.equal(batch.labels, reference.labels[part])
+
+
+def test_erasing_lies_on_the_normalised_picture(shards):
+    erased = take(make_train(shards, "host", augment=AugmentConfig(auto_augment="")), 6)
+    plain = take(make_train(shards, "host", augment=PLAIN), 6)
+    changed = 0
+    for ours, theirs in zip(erased, plain, strict=True):
+        different = (ours.images != theirs.images).any(1)
+        for mask, image in zip(different, ours.images, strict=True):
+            if not mask.any():
+                continue
+            changed += 1
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert box.float().mean() > 0.99
+            noise = image[:, mask]
+            assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.3
+    assert 10 < changed < 40  # a quarter of 96
+
+
+@pytest.mark.parametrize("mode, fraction", [("center", 0.875), ("squash", 1.0), ("squash", 0.9)])
+def test_evaluation_is_timms(shards, mode, fraction):
+    transform = transforms_imagenet_eval(
+        64, crop_pct=fraction, crop_mode=mode, interpolation="bicubic"
+    )
+    expected = torch.stack(
+        [transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in shards.images]
+    )
+    for backend, world in (("host", 1), ("dali", 1), ("host", 7), ("dali", 7)):
+        ids, images, labels, lengths = [], [], [], set()
+        for rank in range(world):
+            loader = make_eval(shards, backend, mode, fraction, rank, world)
+            first, second = list(loader), list(loader)
+            lengths.add(len(first))
+            assert len(loader) == len(first) == len(second) and loader.manifest == shards.manifest
+            assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+            ids += [int(i) for batch in first for i in batch.sample_ids]
+            labels += [int(i) for batch in first for i in batch.labels]
+            images += [batch.images for batch in first]
+            loader.close()
+        assert sorted(ids) == list(range(60)) and len(lengths) == 1
+        assert labels == [shards.labels[i] for i in ids]
+        difference = np.abs(in_bytes(torch.cat(images)) - in_bytes(expected[ids])).mean()
+        assert difference < (1e-4 if backend == "host" else 0.2), (backend, difference)
+
+
+def make_eval(shards, backend, mode="center", fraction=0.875, rank=0, world=1, batch=4):
+    return eval_loader(
+        shards.directory,
+        backend=backend,
+        input_size=64,
+        crop_fraction=fraction,
+        crop_mode=mode,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        threads=1,
+        prefetch=2,
+        rank=rank,
+        world=world,
+        batch=batch,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("backend", ["host", "dali"])
+def test_evaluation_left_early_starts_over(shards, backend):
+    loader = make_eval(shards, backend)
+    for batch in loader:
+        if batch.sample_ids[0] >= 8:
+            break
+    assert [int(i) for batch in loader for i in batch.sample_ids] == list(range(60))
+
+
+READ = """
+import sys
+from pathlib import Path
+import torch
+from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.loaders import train_loader
+from l2vit.data.manifest import Manifest
+directory, rank = sys.argv[1], int(sys.argv[2])
+loader = train_loader(
+    DataConfig(train=directory, backend="host", threads=0, input_size=32), AugmentConfig(),
+    manifest=Manifest.load(Path(directory)), seed=11, rank=rank, world=2, micro_batch=8,
+    global_batch=16, device=torch.device("cpu"))
+for _ in range(3):
+    print(*next(loader).sample_ids)
+"""
+
+
+def test_two_processes_read_disjoint_samples(shards):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READ, str(shards.directory), str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = [[set(line.split()) for line in w.communicate()[0].splitlines()] for w in workers]
+    steps = [a | b for a, b in zip(*found, strict=True)]
+    assert [len(step) for step in steps] == [GLOBAL] * 3
+    assert len(set.union(*steps)) == 3 * GLOBAL
+
+
+def test_webp_shards_load(tmp_path, pictures):
+    from conftest import write_shards
+
+    images = []
+    for image in pictures[:20]:
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(image)).save(stream, "WEBP", lossless=True)
+        images.append(stream.getvalue())
+    shards = write_shards(
+        tmp_path, images, [0] * 20, per_shard=20, classes=1, extension="webp", checksums=False
+    )
+    (host,) = take(make_train(shards, "host", augment=PLAIN), 1)
+    (dali,) = take(make_train(shards, "dali", augment=PLAIN), 1)
+    assert np.abs(in_bytes(host.images) - in_bytes(dali.images)).mean() < 0.35
+
+
+def test_the_gpu_graph_is_well_formed():
+    """Serialising checks operators, devices and arguments without a driver."""
+
+    def graph(gpu):
+        return build_graph(
+            lambda: (),
+            batch=8,
+            input_size=224,
+            interpolation="bicubic",
+            threads=2,
+            prefetch=2,
+            gpu=gpu,
+            device_id=None,
+        ).serialize()
+
+    gpu, cpu = graph(True), graph(False)
+    assert b"mixed" in gpu and b"mixed" not in cpu
+    assert b"ImageSlice" in gpu and b"Resize" in gpu and b"Flip" in gpu
+
+
+def test_batch_sizes_that_do_not_divide_are_refused(shards):
+    with pytest.raises(ConfigError, match=r"16 is not a multiple of 3 ranks"):
+        make_train(shards, "host", world=3, micro=1)
+    with pytest.raises(UserError, match="not a multiple of the global batch"):
+        make_train(shards, "host", seen=8)
