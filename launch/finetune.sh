@@ -17,5 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from l2vit.launch import rank
 
-raise SystemExit(rank.run("finetune.train", sys.argv[1:]))
+if __name__ == "__main__":  # worker processes import this file too
+    raise SystemExit(rank.run("finetune.train", sys.argv[1:]))
 # end of Python
