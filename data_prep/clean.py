@@ -7,6 +7,7 @@ results feeds the perceptual hash.
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import warnings
@@ -21,7 +22,6 @@ from data_prep.options import Rules
 from data_prep.records import FORMS
 
 _MAX_SCANS = 200
-_HASH_SIDE = 32
 _DECODED_SIDE = 64  # at 32, equal pictures of other sizes hash up to 10 bits apart; at 64, 2
 _MAGIC = (
     (b"\xff\xd8\xff", "jpeg"),
@@ -294,23 +294,23 @@ def _encode(image: Image.Image, form: str, rules: Rules) -> bytes:
     return stream.getvalue()
 
 
-def _dct_rows() -> np.ndarray:
-    place = np.arange(_HASH_SIDE) + 0.5
-    rows = np.cos(np.pi / _HASH_SIDE * np.outer(np.arange(8), place))
-    return rows.astype(np.float32)
-
-
-_DCT = _dct_rows()
 _BITS = (np.uint64(1) << np.arange(64, dtype=np.uint64)).reshape(8, 8)
 
 
+@functools.lru_cache(1024)
+def _cosines(length: int) -> np.ndarray:
+    """(8, length) float32: the eight lowest DCT-II waves over ``length`` pixels."""
+    place = np.arange(length) + 0.5
+    waves = np.cos(np.pi / length * np.outer(np.arange(8), place)) / length
+    return waves.astype(np.float32)
+
+
 def perceptual_hash(gray: np.ndarray) -> int:
-    """64-bit DCT hash: signs of the 8×8 lowest frequencies of the 32×32 picture about their median.
+    """64-bit DCT hash: which of the picture's 8×8 lowest frequencies lie above their median.
 
     Args:
         gray: (h, w) uint8.
     """
-    picture = Image.fromarray(np.ascontiguousarray(gray))
-    small = picture.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BILINEAR)
-    low = _DCT @ np.asarray(small, np.float32) @ _DCT.T
-    return int(_BITS[low > np.median(low)].sum(dtype=np.uint64))
+    low = _cosines(gray.shape[0]) @ gray.astype(np.float32) @ _cosines(gray.shape[1]).T
+    ranked = np.sort(low, axis=None)
+    return int(_BITS[low > (ranked[31] + ranked[32]) / 2].sum(dtype=np.uint64))

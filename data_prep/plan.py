@@ -64,50 +64,55 @@ class Catalogue:
         return key, name
 
 
-def merge_parts(workspace: Workspace, units: list[Unit]) -> tuple[Catalogue, int, dict[str, int]]:
-    """Join the parts of all units.
+def merge_parts(
+    workspace: Workspace, units: list[Unit], *, hashes: bool = False
+) -> tuple[Catalogue, int, dict[str, int]]:
+    """Join the parts of all units; ``hashes`` also those of repaired images' source bytes.
 
     Returns:
         The catalogue, members seen, and images of each source format.
     """
-    pieces, seen, forms, place = [], 0, Counter[str](), 0
+    seen, forms, place, total = 0, Counter[str](), 0, 0
     raw_shas: dict[int, str] = {}
-    total = 0
-    with files.atomic_writer(workspace.text) as stream:
+    with (
+        files.atomic_writer(workspace.text) as stream,
+        files.atomic_writer(workspace.records) as rows,
+    ):
         for unit in units:
             part = Part.load(workspace.part(unit.number))
             part.records["text_offset"] += np.uint64(place)
             for event in part.events:
-                if event["row"] >= 0:
+                if hashes and event["row"] >= 0:
                     raw_shas[total + event["row"]] = event["sha256"]
-            pieces.append(part.records)
+            rows.write(part.records.tobytes())
             total += len(part.records)
             stream.write(part.text)
             place += len(part.text)
             seen += part.seen
             forms.update(part.forms)
-    records = np.empty(total, RECORD)
-    start = 0
-    for piece in pieces:
-        records[start : start + len(piece)] = piece
-        start += len(piece)
+    records = np.fromfile(workspace.records, RECORD)
     text = np.memmap(workspace.text, np.uint8, "r") if place else b""
     return Catalogue(records, text, raw_shas), seen, dict(forms)
 
 
-def duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def duplicates(
+    high: np.ndarray, low: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Exact duplicates by the bytes written.
+
+    Args:
+        high: uint64 (images,) first half of each image's hash.
+        low: uint64 (images,) second half.
+        labels: (images,) class of each.
 
     Returns:
         int64 rows to drop (a same-class copy lies earlier), int64 rows of the copies kept for
         them, and int64 pairs (n, 2) of equal images whose classes differ.
     """
-    order = np.lexsort((records["label"], records["sha_low"], records["sha_high"]))
+    order = np.lexsort((labels, low, high))
     first, second = order[:-1], order[1:]
-    same = (records["sha_high"][first] == records["sha_high"][second]) & (
-        records["sha_low"][first] == records["sha_low"][second]
-    )
-    label = records["label"][first] == records["label"][second]
+    same = (high[first] == high[second]) & (low[first] == low[second])
+    label = labels[first] == labels[second]
     inner = np.flatnonzero(same & label)
     # The first of each run of equals is kept: walk back over the run's places.
     leads = np.arange(len(order))
@@ -194,7 +199,7 @@ def make_plan(
     Raises:
         UserError: nothing is left to write, or a part that was asked for would be empty.
     """
-    catalogue, seen, forms = merge_parts(workspace, units)
+    catalogue, seen, forms = merge_parts(workspace, units, hashes=bool(options.exclude))
     records = catalogue.records
     order = np.argsort(records["rank"], kind="stable")
     catalogue = _with_unique_keys(catalogue, order, workspace)
@@ -243,7 +248,8 @@ def _drop_duplicates(
     catalogue: Catalogue, units: list[Unit], fates: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     alive = np.flatnonzero(fates <= VAL)
-    dropped, kept, crossing = (alive[rows] for rows in duplicates(catalogue.records[alive]))
+    keys = (catalogue.records[name][alive] for name in ("sha_high", "sha_low", "label"))
+    dropped, kept, crossing = (alive[rows] for rows in duplicates(*keys))
     fates[dropped] = DUPLICATE
     for row, first in sorted(zip(dropped.tolist(), kept.tolist(), strict=True)):
         like = f"same bytes as {catalogue.texts(first)[0]}"

@@ -115,6 +115,11 @@ class Workspace:
         return self.root / "names.bin"
 
     @property
+    def records(self) -> Path:
+        """All records, in unit order."""
+        return self.root / "records.bin"
+
+    @property
     def fate(self) -> Path:
         """uint8 per good image, in unit order: index into plan.FATES."""
         return self.root / "fate.npy"
@@ -136,7 +141,7 @@ class Workspace:
         """Delete what neither ``verify --repair`` nor ``report`` needs."""
         for name in ("parts", "spool", "staged", "done"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-        for path in (self.fate, self.dropped):
+        for path in (self.fate, self.dropped, self.records):
             path.unlink(missing_ok=True)
 
     def create(self) -> None:
