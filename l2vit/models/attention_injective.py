@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2vit.models.cores import Grid, Site, join_heads, split_heads
+
+
+def _nine_shifts(x: Tensor, kernels: Tensor) -> Tensor:
+    """x (B, H, W, C) convolved, each image and channel with its own 3×3 kernel (B, C, 9)."""
+    height, width = x.shape[1], x.shape[2]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    weights = kernels[:, None, None].unbind(-1)
+    return torch.stack([a * w for a, w in zip(shifts, weights, strict=True)]).sum(0)
 
 
 class InjectiveCore(nn.Module):
@@ -36,9 +46,12 @@ class InjectiveCore(nn.Module):
     def local(self, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         """v (B, H·W, C) convolved, each image and channel with its own kernel."""
         b, n, c = v.shape
-        kernels = self.residual(source.mean(1).unsqueeze(2)).view(b * c, 1, 3, 3)
+        kernels = self.residual(source.mean(1).unsqueeze(2)).to(v.dtype)
+        if torch.compiler.is_exporting():
+            # ONNX knows no convolution whose groups depend on the batch.
+            return _nine_shifts(v.unflatten(1, grid), kernels.view(b, c, 9)).flatten(1, 2)
         picture = v.transpose(1, 2).reshape(1, b * c, *grid)
-        out = F.conv2d(picture, kernels.to(v.dtype), padding=1, groups=b * c)
+        out = F.conv2d(picture, kernels.view(b * c, 1, 3, 3), padding=1, groups=b * c)
         return out.view(b, c, n).transpose(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:

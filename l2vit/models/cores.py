@@ -59,7 +59,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(B, heads, N, d) to (B, N, heads·d)."""
     b, heads, n, d = x.shape
-    return x.transpose(1, 2).reshape(b, n, heads * d)
+    x = x.transpose(1, 2)
+    if torch.compiler.is_exporting():
+        # Fused attention leaves its result so that this is a view; what ONNX makes of it does not.
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.reshape(b, n, heads * d)
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
