@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,9 @@ _FORMAT = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(given)
+    options.command = shlex.join(["python", "-m", "finetune.export_timm", *given])
     return cli.run(lambda: _run(options), program="finetune.export_timm")
 
 
@@ -178,7 +181,7 @@ def _fill(
     if options.evaluate is not None:
         full = evaluate_both(directory, source, trained, options.evaluate)
         certificate["evaluation"] = full
-    text = model_card.card(source, proof, origin, full, options.out)
+    text = model_card.card(source, proof, origin, full, out=options.out, command=options.command)
     files.write_text(directory / "README.md", text)
     names = sorted(path.name for path in directory.iterdir())
     certificate["sha256"] = {name: files.sha256_file(directory / name) for name in names}

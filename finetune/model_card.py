@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.verification import Proof
 from l2vit.train.sources import Source
 
@@ -50,8 +52,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {commands}
 
 ## Limits
-- Trained and checked for the classes and the input size above; other sizes run (window attention
-  pads its windows where they do not divide the grid) but were not measured.
+{changed}- Made for the classes and the input size above; other sizes run (window attention pads its
+  windows where they do not divide the grid) but were not measured.
 - Probabilities are as trained, with label smoothing and mixing, not calibrated; see the
   calibration error that `finetune.evaluate` reports.
 - It inherits what its training pictures show and leave out. Licences of the pictures and of
@@ -104,7 +106,9 @@ def _record(source: Source) -> dict[str, Any]:
     }
 
 
-def card(source: Source, proof: Proof, images: str, full: dict[str, Any], out: Path) -> str:
+def card(
+    source: Source, proof: Proof, images: str, full: dict[str, Any], *, out: Path, command: str
+) -> str:
     """README.md: recipe, data, accuracy, proof, commands and limits.
 
     Args:
@@ -113,6 +117,7 @@ def card(source: Source, proof: Proof, images: str, full: dict[str, Any], out: P
         images: where these came from, in words.
         full: the accuracy of a whole set, both ways, where it was asked for; else empty.
         out: the exported directory, for the commands.
+        command: the one that made this export.
     """
     shown, recipe = source.preprocessing, source.training.get("config", {})
     about = recipe.get("about", {})
@@ -137,7 +142,8 @@ def card(source: Source, proof: Proof, images: str, full: dict[str, Any], out: P
         accuracy=_accuracy(source, full),
         proof=_proof(proof, images),
         training=_training(source),
-        commands=_commands(source, about, out),
+        commands=_commands(about, command, out),
+        changed=_changed(source),
     )
 
 
@@ -183,23 +189,42 @@ def _training(source: Source) -> str:
     if not recipe:
         return "Not trained here: see the publication of the weights."
     data = source.training.get("data", {})
+    settings = {key: value for key, value in recipe.items() if key != "about"}
     lines = [
         f"- data: manifest hash `{source.training['manifest_hash']}`",
         f"- provenance: {json.dumps(data, ensure_ascii=False)}" if data else "",
         f"- code: git {source.training['git_commit'] or 'not recorded'},"
         f" versions {json.dumps(source.training['versions'])}",
         "- recipe:",
-        "```json",
-        json.dumps({k: v for k, v in recipe.items() if k != "about"}, ensure_ascii=False),
+        "```yaml",
+        yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=96).rstrip(),
         "```",
     ]
     return "\n".join(line for line in lines if line)
 
 
-def _commands(source: Source, about: dict[str, Any], out: Path) -> str:
-    lines = [f"    {about['command']}"] if about.get("command") else []
-    lines += [
-        f"    python -m finetune.export_timm --checkpoint {source.path} --out {out}",
-        f"    python -m finetune.evaluate --model {out} --data SHARDS",
+def _changed(source: Source) -> str:
+    """What the export changed since training, which its recorded accuracy does not cover."""
+    recipe = source.training.get("config")
+    if not recipe:
+        return ""
+    before = {
+        "input size": (recipe["data"]["input_size"], source.preprocessing.input_size),
+        "window": (recipe["model"]["window_size"], source.model_args.get("window_size")),
+        "crop fraction": (recipe["eval"]["crop_fraction"], source.preprocessing.crop_fraction),
+        "crop mode": (recipe["eval"]["crop_mode"], source.preprocessing.crop_mode),
+    }
+    changes = [
+        f"{name} {old} in training, {new} here"
+        for name, (old, new) in before.items()
+        if new is not None and old != new
     ]
+    if not changes:
+        return ""
+    return f"- Changed at export: {'; '.join(changes)}. Accuracy from training does not cover it.\n"
+
+
+def _commands(about: dict[str, Any], command: str, out: Path) -> str:
+    lines = [f"    {about['command']}"] if about.get("command") else []
+    lines += [f"    {command}", f"    python -m finetune.evaluate --model {out} --data SHARDS"]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from l2vit.errors import UserError
 from l2vit.models.families import VARIANTS
 from l2vit.models.families_format import convert_released
 from l2vit.models.host import resize_tables
+from l2vit.models.timm_format import convert_authors
 from l2vit.train import checkpoint
 
 TIMM_CONFIG = "config.json"
@@ -296,8 +297,6 @@ def read_released(
         family = convert_released(path, model, ema=ema, **wishes)
         note = "; ".join(family.report)
         return _released(path, model, family.model_args, family.weights, family.which, note)
-    from l2vit.models.timm_format import convert_authors
-
     found = convert_authors(path, ema=ema, **wishes)
     if model not in ("", found.model_name):
         raise UserError(f"{path} holds {found.model_name}, not {model}")

@@ -223,6 +223,9 @@ def test_window_and_size_may_change_at_export(run, tmp_path, model, capfd, same_
         model.set_input_size(window_size=WINDOW)
         assert torch.equal(again(images), expected)
     assert "padded" not in capfd.readouterr().err
+    card = (out / "README.md").read_text()
+    assert "input size 48 in training, 64 here; window 6 in training, 2 here" in card
+    assert "--window-size 2 --input-size 64" in card
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")

@@ -131,6 +131,31 @@ def test_22k_head_to_1k_keeps_999_rows_and_says_which_it_lacks(tmp_path):
     assert "n04399382" in text and "sliced       head.fc.weight" in text
 
 
+def test_position_tables_of_another_size_are_resized_and_said(tmp_path):
+    """FLatten's encodings: one value per grid place, bicubic (families.md section 5)."""
+    name = "flatten_swin_mini"
+    torch.manual_seed(0)
+    source = timm.create_model(name, num_classes=10, img_size=64, window_size=2)
+    with torch.no_grad():
+        for key, parameter in source.named_parameters():
+            if key.endswith("positional_encoding"):
+                parameter.normal_()
+    write_checkpoint(tmp_path / "run", source, name=name, size=64, window=2)
+    target = timm.create_model(name, num_classes=10, img_size=128, window_size=4)
+    init = InitConfig(source=str(tmp_path / "run"))
+    report = load_initial(target, init, classes=WNIDS, class_names=NAMES)
+    fates = {t.name: t.fate for t in report.tensors}
+    key = "stages.0.blocks.0.attn.core.positional_encoding"
+    table = source.state_dict()[key]
+    side = int(table.shape[1] ** 0.5)
+    grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    larger = torch.nn.functional.interpolate(grid, size=(2 * side, 2 * side), mode="bicubic")
+    expected = larger.permute(0, 2, 3, 1).reshape(1, 4 * side**2, -1)
+    assert torch.allclose(target.state_dict()[key], expected, atol=1e-5)
+    assert fates[key] == "resized" and fates["head.fc.weight"] == "loaded"
+    assert "resized" in report.summary()
+
+
 def test_reordered_classes_take_their_own_rows(run, model):
     target = fresh()
     order = list(reversed(WNIDS))
