@@ -1,0 +1,170 @@
+"""Damage at run time: replaced, recorded, limited; never a wrong image under a right label."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from l2vit.data.bad_samples import BadSampleLog
+from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.loaders import eval_loader, train_loader
+from l2vit.data.shards import ShardReader
+from l2vit.errors import UserError
+
+PLAIN = AugmentConfig(auto_augment="", erase_prob=0.0, hflip=0.0, scale=(1, 1), ratio=(0.1, 10))
+
+
+def place_of(shards, sample):
+    """Tar path and index fields of a sample."""
+    shard, number = ShardReader(shards.directory, shards.manifest).locate(sample)
+    tar = shards.directory / shards.manifest.shards[shard].name
+    return tar, tar.with_suffix(".idx").read_text().splitlines()[number + 1].split()
+
+
+def flip_bit(shards, sample, *, member=0, at=0.6):
+    tar, fields = place_of(shards, sample)
+    offset, size = int(fields[4 * member + 1]), int(fields[4 * member + 2])
+    data = bytearray(tar.read_bytes())
+    data[offset + int(at * size)] ^= 1
+    tar.write_bytes(bytes(data))
+
+
+def make(shards, backend, log=None, limit=3, threads=1):
+    return train_loader(
+        DataConfig(
+            train=str(shards.directory),
+            backend=backend,
+            input_size=32,
+            threads=threads,
+            max_bad_samples=limit,
+        ),
+        PLAIN,
+        manifest=shards.manifest,
+        seed=4,
+        rank=2,
+        world=4,
+        micro_batch=15,
+        global_batch=60,
+        device=torch.device("cpu"),
+        bad_samples_log=log,
+    )
+
+
+def epochs(loader, count=4):
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("backend, threads", [("host", 0), ("dali", 1)])
+def test_damaged_samples_are_replaced_and_recorded(make_shards, tmp_path, backend, threads):
+    shards = make_shards()
+    clean = epochs(make(shards, backend, threads=threads))
+    seen = np.unique(np.concatenate([batch.sample_ids for batch in clean]))
+    picture, label = int(seen[3]), int(seen[9])
+    flip_bit(shards, picture)  # somewhere in the entropy-coded data: DALI decodes it silently
+    flip_bit(shards, label, member=1, at=0.99)  # another valid label
+    log = tmp_path / "bad_samples.jsonl"
+    damaged = epochs(make(shards, backend, log, threads=threads))
+    for before, after in zip(clean, damaged, strict=True):
+        bad = np.isin(before.sample_ids, [picture, label])
+        expected = np.where(bad, before.sample_ids + 1, before.sample_ids)
+        np.testing.assert_array_equal(after.sample_ids, expected)
+        assert after.labels.tolist() == [shards.labels[i] for i in expected]
+        assert torch.equal(after.images[~bad], before.images[~bad])
+        np.testing.assert_array_equal(after.positions, before.positions)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == sorted(shards.keys[i] for i in (picture, label))
+    for line in lines:
+        assert line["rank"] == 2 and line["reason"].startswith("checksum differs")
+        assert line["shard"] == place_of(shards, line["sample_id"])[0].name
+
+
+@pytest.mark.parametrize("backend, threads", [("host", 1), ("dali", 1)])
+def test_a_vanished_shard_stops_the_run_at_the_limit(make_shards, tmp_path, backend, threads):
+    shards = make_shards()
+    gone = shards.manifest.shards[1].name
+    (shards.directory / gone).unlink()
+    log = tmp_path / "bad_samples.jsonl"
+    with pytest.raises(UserError, match=rf"more than data.max_bad_samples=3.*rank 2.*{gone}"):
+        epochs(make(shards, backend, log, threads=threads), 8)
+    assert 3 < len(log.read_text().splitlines()) < 14
+    enough = epochs(make(shards, backend, limit=13, threads=threads), 4)
+    ids = np.concatenate([batch.sample_ids for batch in enough])
+    assert not np.isin(ids, np.arange(13, 26)).any() and (ids == 26).sum() > 1
+
+
+@pytest.mark.parametrize("backend", ["host", "dali"])
+def test_evaluation_refuses_damage(make_shards, backend):
+    shards = make_shards()
+    flip_bit(shards, 30)
+    loader = eval_loader(
+        shards.directory,
+        backend=backend,
+        input_size=32,
+        crop_fraction=0.875,
+        crop_mode="center",
+        mean=PLAIN.mean,
+        std=PLAIN.std,
+        threads=1,
+        prefetch=2,
+        rank=0,
+        world=1,
+        batch=8,
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(UserError, match=shards.keys[30]):
+        list(loader)
+
+
+def test_without_checksums_dali_still_survives_what_it_cannot_decode(make_shards, tmp_path):
+    """A file whole at both ends but rotten inside kills DALI's graph: it is found and replaced."""
+    shards = make_shards(checksums=False)
+    loader = make(shards, "dali")
+    victim = int(next(loader).sample_ids[5])
+    loader.close()
+    tar, fields = place_of(shards, victim)
+    offset, size = int(fields[1]), int(fields[2])
+    data = bytearray(tar.read_bytes())
+    frame = data.index(b"\xff\xda", offset)  # the scan's header: without it nothing decodes
+    data[frame : offset + size - 2] = b"\xff\xff" * ((offset + size - 2 - frame) // 2) + b"\xff" * (
+        (offset + size - 2 - frame) % 2
+    )
+    tar.write_bytes(bytes(data))
+    log = tmp_path / "bad.jsonl"
+    batch = epochs(make(shards, "dali", log), 1)[0]
+    assert batch.sample_ids[5] == victim + 1
+    assert batch.labels[5] == shards.labels[victim + 1]
+    assert json.loads(log.read_text())["key"] == shards.keys[victim]
+
+
+@pytest.mark.parametrize("name, text", [("idx", b"v1.2 13\n"), ("idx", b""), ("crc", b"\0\0\0\0")])
+def test_a_broken_side_file_is_not_believed(make_shards, name, text):
+    shards = make_shards()
+    path = (shards.directory / shards.manifest.shards[0].name).with_suffix("." + name)
+    path.write_bytes(text)
+    loader = make(shards, "host", limit=13, threads=0)
+    for batch in epochs(loader):
+        assert (batch.sample_ids >= 13).all()
+
+
+def test_the_limit_counts_each_sample_once_over_all_ranks(tmp_path):
+    from l2vit.data.bad_samples import BadRecord
+
+    path = tmp_path / "bad_samples.jsonl"
+    logs = [BadSampleLog(path, rank=rank, limit=3) for rank in range(2)]
+    bad = [BadRecord(i, f"k{i}", "shard-000000.tar", "gone") for i in range(5)]
+    logs[0].record(bad[:2])
+    logs[1].record(bad[1:3])
+    logs[0].record(bad[:2])
+    assert len(path.read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="4 unusable samples"):
+        logs[1].record(bad[3:4])
+    with path.open("a") as stream:
+        stream.write('{"sample_id": 9')  # cut off by a crash
+    with pytest.raises(UserError, match="5 unusable samples"):
+        BadSampleLog(path, rank=0, limit=3).record(bad[4:])
