@@ -155,7 +155,7 @@ class Engine:
         if moments:
             for key, state in MOMENTS.items():
                 self._fill([held[state] for held in self._states], key, read)
-        for name, buffer in self.module.named_buffers():
+        for name, buffer in self._kept_buffers().items():
             buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
         if self.ema is not None:
             self.ema.reset()
@@ -178,7 +178,7 @@ class Engine:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """``buffer/NAME`` and ``ema/NAME`` of the buffers, on the device."""
-        found = {f"buffer/{name}": buffer for name, buffer in self.module.named_buffers()}
+        found = {f"buffer/{name}": buffer for name, buffer in self._kept_buffers().items()}
         if self.ema is not None:
             found |= {f"ema/{name}": average for name, average in self._ema_buffers().items()}
         return found
@@ -266,8 +266,13 @@ class Engine:
         for name, parameter in named.items():
             _assign(parameter, parts[name], self.world.rank)
 
+    def _kept_buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers that belong to the model's state: not index tables and masks made of sizes."""
+        kept = self.module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+
     def _float_buffers(self) -> dict[str, torch.Tensor]:
-        return {n: b for n, b in self.module.named_buffers() if b.is_floating_point()}
+        return {n: b for n, b in self._kept_buffers().items() if b.is_floating_point()}
 
     def _ema_buffers(self) -> dict[str, torch.Tensor]:
         if self.ema is None:
