@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from l2vit.models.attention_focused import FocusedCore
 from l2vit.models.attention_injective import InjectiveCore
+from l2vit.models.attention_peers import (
+    ChannelCore,
+    CosCore,
+    EfficientCore,
+    LeakyReluCore,
+    ReluCore,
+    SimaCore,
+)
 from l2vit.models.cores import CoreFactory, EnhancedCore, SoftmaxCore
 
 CORES: dict[str, CoreFactory] = {
@@ -11,6 +19,12 @@ CORES: dict[str, CoreFactory] = {
     "enhanced": EnhancedCore,
     "focused": FocusedCore,
     "injective": InjectiveCore,
+    "linear": ReluCore,
+    "leaky": LeakyReluCore,
+    "sima": SimaCore,
+    "efficient": EfficientCore,
+    "cosformer": CosCore,
+    "xca": ChannelCore,
 }
 
 

@@ -107,6 +107,30 @@ VARIANTS = {
         CSwin, "InLine-CSwin-B-384", types="IISS", depths=(3, 6, 29, 2), **_WIDE_CSWIN, **_AT_384
     ),
 }
+"""FLatten and InLine."""
+
+_PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("8", {}),
+    "xca": ("8", {}),
+    "cosformer": ("8", {}),
+    "efficient": ("8", {}),
+    "sima": ("8 (SimA), Table 1 (L1 norm)", {}),
+    "linear": ("8 (linear), Table 1 (ReLU)", {}),
+    "leaky": ("1 (LeakyReLU)", {}),
+    "enhanced": ("8 (enhanced linear), Table 1", {"lcm_kernel": 3}),
+}
+PEERS = {
+    f"deit_tiny_{name}": Variant(
+        Deit, {"attention": name, **arguments}, f"L²ViT paper, Table {table}"
+    )
+    for name, (table, arguments) in _PEERS.items()
+}
+"""DeiT-Tiny with each attention that the L²ViT paper compares."""
+PEERS["deit_tiny_mixed"] = Variant(
+    Deit,
+    {"attention": "enhanced", "lcm_kernel": 3, "softmax_blocks": (0, 2, 4, 6, 8, 10)},
+    "L²ViT paper, Table 11",
+)
 
 
 def _cfg(variant: Variant) -> dict[str, Any]:
@@ -129,7 +153,7 @@ def _cfg(variant: Variant) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(v) for name, v in VARIANTS.items()})
+default_cfgs = generate_default_cfgs({name: _cfg(v) for name, v in (VARIANTS | PEERS).items()})
 
 
 def _register(name: str, variant: Variant) -> None:
@@ -151,5 +175,5 @@ def _register(name: str, variant: Variant) -> None:
     register_model(create)
 
 
-for _name, _variant in VARIANTS.items():
+for _name, _variant in (VARIANTS | PEERS).items():
     _register(_name, _variant)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import to_2tuple
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from l2vit.models.attentions import core_factory
 from l2vit.models.cores import CoreFactory, Grid, Site, SoftmaxCore
 from l2vit.models.host import FusedProjected, Resizable
+from l2vit.models.layers import LocalConcentration
 
 
 class TokenProjected(FusedProjected):
@@ -33,6 +34,34 @@ class TokenProjected(FusedProjected):
         return self.core.weights(q, k)
 
 
+class DeitBlock(Block):
+    """timm's block, with room for a local concentration module between attention and MLP."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lcm: nn.Module | None = None
+
+    def add_lcm(self, dim: int, kernel_size: int, grid: Grid) -> None:
+        """Concentrate the patches of ``grid`` after attention (eq. 8)."""
+        self.grid = grid
+        self.lcm_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.lcm = LocalConcentration(dim, kernel_size)
+
+    def concentrate(self, x: Tensor) -> Tensor:
+        """``x + LCM(LN(x))`` on the patches; the class token has no neighbours and passes."""
+        assert self.lcm is not None
+        token, patches = x[:, :1], x[:, 1:].unflatten(1, self.grid)
+        patches = patches + self.drop_path1(self.lcm(self.lcm_norm(patches)))
+        return torch.cat([token, patches.flatten(1, 2)], dim=1)
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """timm hands over masks too, which are None in a classifier."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        if self.lcm is not None:
+            x = self.concentrate(x)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
 class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
     """timm's vision transformer with a class token, patches of 16, and any attention.
 
@@ -43,7 +72,9 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
         embed_dim: channels.
         depth: blocks.
         num_heads: attention heads.
-        attention: softmax, enhanced, focused, injective, or a factory from a Site.
+        attention: a name of :data:`l2vit.models.attentions.CORES`, or a factory from a Site.
+        lcm_kernel: of the module behind each attention that is not softmax; 0 for none. Tables 8
+            and 11 print the parameters of a 3×3 one.
         softmax_blocks: indices of blocks that keep softmax attention (paper Table 11).
         window_size: there are no windows; taken for the sake of one interface.
     """
@@ -59,6 +90,7 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
         depth: int = 12,
         num_heads: int = 3,
         attention: str | CoreFactory = "softmax",
+        lcm_kernel: int = 0,
         softmax_blocks: Sequence[int] = (),
         window_size: int = 7,
         drop_rate: float = 0.0,
@@ -75,6 +107,7 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
             num_heads=num_heads,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            block_fn=DeitBlock,
         )
         self.arguments = arguments
         self.img_size = to_2tuple(img_size)
@@ -83,6 +116,8 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
             factory = SoftmaxCore if index in softmax_blocks else core_factory(attention)
             block.attn = TokenProjected(embed_dim, factory(site), site.grid)
             self.init_attention(block.attn)
+            if lcm_kernel and factory is not SoftmaxCore:
+                cast(DeitBlock, block).add_lcm(embed_dim, lcm_kernel, site.grid)
         assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
