@@ -139,6 +139,21 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser("report", help="one HTML page about a shard directory")
+    report.set_defaults(run=run_report)
+    report.add_argument("directory", type=Path, metavar="DIR")
+    report.add_argument("--out", type=Path, default=None, help="default: DIR/report.html")
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """The ``report`` command."""
+    from data_prep.report import write_report
+
+    print(f"wrote {write_report(arguments.directory, arguments.out)}")
+    return 0
+
+
 def _add_digits(commands: argparse._SubParsersAction) -> None:
     digits = commands.add_parser("digits", help="write a small real raw release to try things on")
     digits.set_defaults(run=run_digits)
@@ -158,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_build, _add_verify, _add_digits):
+    for add in (_add_build, _add_verify, _add_report, _add_digits):
         add(commands)
     arguments = parser.parse_args(argv)
     return cli.run(lambda: arguments.run(arguments), program=f"data_prep {arguments.command}")

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from l2vit import files
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _KEY_LIMIT = 80  # the tar header holds 100 bytes, extension included
 _THUMBNAIL = 96
+_THUMBNAIL_BYTES = 16 << 20
 _THUMBNAILS = 3  # per reason and unit
 
 
@@ -186,6 +188,8 @@ def thumbnail(data: bytes) -> str:
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
+        if data[:2] == b"\x1f\x8b":
+            data = zlib.decompressobj(wbits=31).decompress(data, _THUMBNAIL_BYTES)
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > 50_000_000:
             return ""

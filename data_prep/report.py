@@ -1,0 +1,309 @@
+"""``report``: one self-contained HTML page about a shard directory."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep import charts
+from data_prep.records import Workspace
+from l2vit import files
+from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
+from l2vit.errors import UserError
+
+_SHEET_CLASSES = 30
+_SHEET_IMAGES = 6
+_SHEET_SHARDS = 4
+_THUMBNAIL = 96
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d2430;--dim:#687386;--line:#e2e6ee;--page:#f6f7fa;
+--card:#fff;--main:#3b6fd4;--good:#2d9467;--warn:#c47a1b;--bad:#c14343}
+@media(prefers-color-scheme:dark){:root{--ink:#e8ebf2;--dim:#97a1b3;--line:#2c3443;--page:#12161d;
+--card:#1a202b;--main:#6f9bf0;--good:#55bb8d;--warn:#dfa04a;--bad:#e07070}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 24px 64px}h1{font-size:28px;margin:0 0 4px}
+h2{font-size:18px;margin:0 0 12px}h3{font-size:14px;margin:16px 0 6px}
+.quiet{color:var(--dim)}p{margin:0 0 12px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0}
+.card,section{background:var(--card);border:1px solid var(--line);border-radius:12px}
+.card{padding:14px 16px}.card b{display:block;font-size:22px;font-variant-numeric:tabular-nums}
+.card span{color:var(--dim);font-size:13px}section{padding:20px 22px;margin:16px 0}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:24px}
+svg{max-width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:12px}
+svg .value,svg .quiet{fill:var(--dim)}svg line{stroke:var(--line)}
+rect.main{fill:var(--main)}rect.bad{fill:var(--bad)}rect.warn{fill:var(--warn)}
+.strip{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;width:96px}
+figure img{width:96px;height:96px;object-fit:cover;border-radius:6px;display:block;
+background:var(--line)}figcaption{font-size:11px;color:var(--dim);overflow:hidden;
+text-overflow:ellipsis;white-space:nowrap}
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:14px 20px}
+.sheet .strip{display:grid;grid-template-columns:repeat(6,1fr);gap:4px}.sheet figure{width:auto}
+.sheet img{width:100%;height:auto;aspect-ratio:1}.sheet h3{margin:0 0 4px;white-space:nowrap;
+overflow:hidden;text-overflow:ellipsis}
+table{border-collapse:collapse;width:100%;font-size:13px}td{padding:5px 8px;
+border-top:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
+td:first-child{color:var(--dim);width:210px}code{font-size:12px}
+.pill{display:inline-block;border-radius:99px;padding:1px 10px;font-size:13px;color:#fff}
+.pill.good{background:var(--good)}.pill.warn{background:var(--warn)}
+"""
+
+
+def write_report(directory: Path, out: Path | None = None) -> Path:
+    """Write ``report.html`` (or ``out``) about the shards in ``directory``.
+
+    Thumbnails of rejected and repaired images and the pixel sizes come from the build directory;
+    where that is gone the page says so and shows the rest.
+
+    Raises:
+        UserError: no finished shard directory, or shards that cannot be read.
+    """
+    manifest = Manifest.load(directory)
+    workspace = Workspace((directory / manifest.provenance.get("build", ".build")).resolve())
+    target = out or directory / "report.html"
+    try:
+        parts = [
+            _head(directory, manifest),
+            _counts(manifest),
+            _images(manifest, workspace),
+            _decisions(manifest, workspace),
+            _leakage(manifest),
+            _sheet(directory, manifest),
+            _provenance(manifest),
+        ]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or directory}: {error.strerror}") from error
+    title = html.escape(f"{manifest.dataset} {manifest.split}")
+    files.write_text(
+        target,
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}: shards</title><style>{_STYLE}</style>"
+        f"<main>{''.join(parts)}</main></html>\n",
+    )
+    return target
+
+
+def _card(value: str, what: str) -> str:
+    return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>'
+
+
+def _head(directory: Path, manifest: Manifest) -> str:
+    reasons = manifest.provenance.get("reasons", {})
+    size = sum(shard.bytes for shard in manifest.shards)
+    used = sum(count > 0 for count in manifest.class_counts)
+    cards = [
+        _card(f"{manifest.samples:,}", "images"),
+        _card(f"{used:,} of {len(manifest.classes):,}", "classes with images"),
+        _card(f"{len(manifest.shards):,}", "shards"),
+        _card(_bytes(size), "on disk"),
+        _card(f"{sum(reasons.get('repaired', {}).values()):,}", "repaired"),
+        _card(f"{sum(reasons.get('rejected', {}).values()):,}", "left out"),
+    ]
+    release = manifest.provenance.get("release", "unknown")
+    return (
+        f"<h1>{html.escape(manifest.dataset)}, {html.escape(manifest.split)} part</h1>"
+        f'<p class="quiet">{html.escape(str(directory))} · release recognised:'
+        f" <b>{html.escape(release)}</b> · manifest <code>{manifest.hash[:16]}</code> · classes"
+        f' <code>{manifest.class_hash[:16]}</code></p><div class="cards">{"".join(cards)}</div>'
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.3g} {unit}" if unit != "bytes" else f"{size:,.0f} bytes"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
+def _title(manifest: Manifest, label: int) -> str:
+    name = manifest.class_names[label] if manifest.class_names else ""
+    wnid = manifest.classes[label]
+    return wnid if name in ("", wnid) else f"{name.split(',')[0]} ({wnid})"
+
+
+def _counts(manifest: Manifest) -> str:
+    counts = np.array(manifest.class_counts)
+    bars, edges = np.histogram(counts, bins=min(24, max(4, len(counts))))
+    order = np.argsort(-counts, kind="stable")
+    most = [(_title(manifest, int(i)), float(counts[i])) for i in order[:6]]
+    least = [(_title(manifest, int(i)), float(counts[i])) for i in order[::-1][:6]]
+    return (
+        '<section><h2>Images per class</h2><div class="two"><div>'
+        f"{charts.histogram(bars.tolist(), edges.tolist(), 'images of a class')}"
+        f'<p class="quiet">median {np.median(counts):,.0f}, mean {counts.mean():,.1f}, smallest'
+        f" {counts.min():,}, largest {counts.max():,}</p></div>"
+        f"<div><h3>Largest</h3>{charts.rows(most)}<h3>Smallest</h3>{charts.rows(least)}</div>"
+        "</div></section>"
+    )
+
+
+def _images(manifest: Manifest, workspace: Workspace) -> str:
+    forms = sorted(manifest.provenance.get("source_formats", {}).items(), key=lambda f: -f[1])
+    left = f"<h3>Format of the source</h3>{charts.rows(forms)}"
+    path = workspace.order(manifest.split)
+    if not path.is_file():
+        right = '<p class="quiet">The build directory is gone: no sizes.</p>'
+    else:
+        order = np.load(path, mmap_mode="r")
+        short = np.minimum(order["width"], order["height"])
+        weight = order["size"] / 1000
+        right = "".join(
+            f"<h3>{name}</h3>{_spread(values, what)}"
+            for name, values, what in [
+                ("Short side", short, "pixels"),
+                ("Weight", weight, "kB"),
+            ]
+        )
+    return (
+        f'<section><h2>The images</h2><div class="two"><div>{left}</div><div>{right}</div></div>'
+        "</section>"
+    )
+
+
+def _spread(values: np.ndarray, what: str) -> str:
+    low, high = np.percentile(values, [0, 99.5])
+    bars, edges = np.histogram(values, bins=24, range=(float(low), float(max(high, low + 1))))
+    return charts.histogram(bars.tolist(), edges.tolist(), f"{what} (up to 99.5%)")
+
+
+def _decisions(manifest: Manifest, workspace: Workspace) -> str:
+    reasons = manifest.provenance.get("reasons", {})
+    shelves: dict[str, list[dict[str, Any]]] = {}
+    if workspace.thumbnails.is_file():
+        shelves = json.loads(workspace.thumbnails.read_text())
+    columns = []
+    for kind, word, tone in [("repaired", "Repaired", "warn"), ("rejected", "Left out", "bad")]:
+        pairs = sorted(reasons.get(kind, {}).items(), key=lambda pair: -pair[1])
+        pictures = "".join(
+            f"<h3>{html.escape(reason)}</h3>{_strip(shelves[f'{kind}: {reason}'])}"
+            for reason, _ in pairs
+            if shelves.get(f"{kind}: {reason}")
+        )
+        columns.append(f"<div><h2>{word}</h2>{charts.rows(pairs, tone)}{pictures}</div>")
+    across = manifest.provenance.get("cross_class_duplicates", 0)
+    note = (
+        f'<p class="quiet">{across:,} times the same bytes appear in two classes; these are kept'
+        " and listed in rejected.jsonl. Every decision is a line in rejected.jsonl or"
+        " repaired.jsonl.</p>"
+    )
+    return f'<section><div class="two">{"".join(columns)}</div>{note}</section>'
+
+
+def _strip(pictures: list[dict[str, Any]]) -> str:
+    figures = "".join(
+        _figure(picture["thumbnail"], picture["member"], picture["detail"]) for picture in pictures
+    )
+    return f'<div class="strip">{figures}</div>'
+
+
+def _figure(data: str, caption: str, title: str) -> str:
+    words = html.escape(caption)
+    return (
+        f'<figure title="{html.escape(title or caption)}"><img alt="{words}"'
+        f' src="data:image/jpeg;base64,{data}"><figcaption>{words}</figcaption></figure>'
+    )
+
+
+def _leakage(manifest: Manifest) -> str:
+    guard = manifest.provenance.get("leakage_guard")
+    if guard is None:
+        body = '<span class="pill warn">not asked for</span> No exclusion list was given.'
+    else:
+        exact, near = guard.get("excluded-exact", 0), guard.get("excluded-near", 0)
+        body = (
+            f'<span class="pill good">on</span> {guard["listed"]:,} images listed; {exact:,} exact'
+            f" copies and {near:,} near copies (up to {guard['distance']} of 64 bits) kept out."
+        )
+    return f"<section><h2>Leakage guard</h2><p>{body}</p></section>"
+
+
+def _sheet(directory: Path, manifest: Manifest) -> str:
+    shelves = _drawn(directory, manifest)
+    blocks = []
+    for label in sorted(shelves):
+        figures = "".join(
+            f'<figure title="{html.escape(key)}"><img alt="{html.escape(key)}"'
+            f' src="data:image/jpeg;base64,{data}"></figure>'
+            for key, data in shelves[label]
+        )
+        title = html.escape(_title(manifest, label))
+        blocks.append(
+            f'<div><h3 title="{title}">{title}</h3><div class="strip">{figures}</div></div>'
+        )
+    return (
+        "<section><h2>A random look</h2>"
+        f'<p class="quiet">{len(shelves)} of {len(manifest.classes):,} classes, drawn from the'
+        f' first shards</p><div class="sheet">{"".join(blocks)}</div></section>'
+    )
+
+
+def _drawn(directory: Path, manifest: Manifest) -> dict[int, list[tuple[str, str]]]:
+    """Thumbnails by label: the shuffle is global, so the first shards are a random sample."""
+    found: dict[int, list[tuple[Shard, int, int, str]]] = {}
+    for shard in manifest.shards[:_SHEET_SHARDS]:
+        with (directory / shard.name).open("rb") as stream:
+            for line in (directory / shard.index_name).read_text().splitlines()[1:]:
+                words = line.split()
+                stream.seek(int(words[5]))
+                label = int(stream.read(LABEL_WIDTH))
+                key = words[3].rpartition(".")[0]
+                found.setdefault(label, []).append((shard, int(words[1]), int(words[2]), key))
+    chosen = random.Random(0).sample(sorted(found), min(_SHEET_CLASSES, len(found)))
+    shelves: dict[int, list[tuple[str, str]]] = {}
+    for label in chosen:
+        for shard, offset, size, key in found[label][:_SHEET_IMAGES]:
+            with (directory / shard.name).open("rb") as stream:
+                stream.seek(offset)
+                shelves.setdefault(label, []).append((key, _thumbnail(stream.read(size))))
+    return shelves
+
+
+def _thumbnail(data: bytes) -> str:
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (_THUMBNAIL * 2, _THUMBNAIL * 2))
+    small = image.convert("RGB")
+    side = min(small.size)
+    left, top = (small.width - side) // 2, (small.height - side) // 2
+    small = small.crop((left, top, left + side, top + side)).resize((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=75)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _provenance(manifest: Manifest) -> str:
+    about = manifest.provenance
+    options = dict(about.get("options", {}))
+    rules = options.pop("rules", {})
+    sources = options.pop("sources", [])
+    pairs = [
+        ("sources", ", ".join(sources)),
+        ("members looked at", f"{about.get('members_seen', 0):,}"),
+        ("split rule", about.get("split_rule", "")),
+        ("options", ", ".join(f"{name}={value}" for name, value in options.items() if value)),
+        ("cleaning rules", ", ".join(f"{name}={value}" for name, value in rules.items())),
+        ("fate of the good images", _pairs(about.get("fates", {}))),
+        ("versions", _pairs(about.get("versions", {}))),
+        ("manifest hash", manifest.hash),
+        ("class hash", manifest.class_hash),
+    ]
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{html.escape(str(value))}</td></tr>" for name, value in pairs
+    )
+    return f"<section><h2>Provenance</h2><table>{rows}</table></section>"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in values.items()
+    )
