@@ -8,6 +8,7 @@ statistics in fp32. The only file of the project that imports deepspeed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -332,13 +333,15 @@ def _initialize(
         eps=config.optim.eps,
         fused=True if world.device.type == "cuda" else None,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its memory, twenty lines of it
+    gc.freeze()  # DeepSpeed collects garbage six times, a second in all if everything is looked at
+    with contextlib.redirect_stdout(io.StringIO()):  # and reports its memory in twenty lines
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=deepspeed_config(config, split),
             dist_init_required=False,
         )
+    gc.unfreeze()
     for name, buffer in engine.module.named_buffers():
         buffer.data = statistics[name].to(world.device)  # never let the statistics become bf16
     return engine

@@ -28,9 +28,10 @@ import traceback
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "timm", "l2vit", "l2vit.train.engine", "torch.utils.tensorboard"]
-)
+_CONTEXT.set_forkserver_preload(["preloaded"])
+_HERE = str(Path(__file__).parent)
+if _HERE not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # the server finds it there
+    os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
