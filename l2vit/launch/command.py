@@ -50,7 +50,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    nproc = os.environ.get("L2VIT_NPROC")
+    nproc = os.environ.get("L2VIT_NPROC") or None
     add("--nproc", default=nproc, help="ranks on each node; default: its GPUs, or 2 on CPU")
     add("--max-restarts", type=int, default=0, help="restarts after a failure (default 0)")
     add("--backoff", type=float, default=10.0, help="seconds before the first restart, doubling")

@@ -49,6 +49,16 @@ def members(session: int) -> list[Process]:
     return [process for process in living() if process.session == session]
 
 
+def sessions_below(pid: int) -> list[int]:
+    """Sessions that descendants of ``pid`` opened for themselves."""
+    everybody = list(living())
+    family, found = {pid}, set[int]()
+    while more := {p.pid for p in everybody if p.parent in family} - family:
+        family |= more
+        found |= {p.session for p in everybody if p.pid in more and p.session in family}
+    return sorted(found)
+
+
 def ranks(session: int) -> list[int]:
     """The rank processes of a session, without the loader workers they started."""
     marked = {p.pid: p.parent for p in members(session) if _is_marked(p.pid)}
