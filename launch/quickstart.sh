@@ -25,11 +25,11 @@ python -m data_prep verify "$out/shards/train"
 python -m data_prep verify "$out/shards/val"
 data=(data.train="$out/shards/train" data.val="$out/shards/val")
 
-step "4/7 pre-training at 32 pixels, windows of 4"
+step "4/7 pre-training at 64 pixels, windows of 2"
 bash launch/pretrain.sh --config pretrain/configs/quickstart_pretrain.yaml \
   run.dir="$out/pretrain" "${data[@]}" "$@"
 
-step "5/7 fine-tuning at 48 pixels, windows of 6, a new head"
+step "5/7 fine-tuning at 96 pixels, windows of 3, a new head"
 bash launch/finetune.sh --config finetune/configs/quickstart_finetune.yaml \
   run.dir="$out/finetune" init.source="$out/pretrain" "${data[@]}" "$@"
 
