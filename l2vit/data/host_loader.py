@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -135,6 +139,7 @@ def host_batches(
     loader = torch.utils.data.DataLoader(
         dataset,
         multiprocessing_context=context,
+        worker_init_fn=functools.partial(_end_with, _lifeline(os.getpid())[0]),
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
@@ -143,6 +148,26 @@ def host_batches(
         pin_memory=pin,
     )
     return iter(loader)
+
+
+@functools.cache
+def _lifeline(process: int) -> tuple[Connection, Connection]:
+    """A pipe whose writing end ``process`` alone holds: it closes when that process ends."""
+    return multiprocessing.Pipe(duplex=False)
+
+
+def _end_with(lifeline: Connection, worker: int) -> None:
+    """In a worker: end when the other end of ``lifeline`` has closed.
+
+    torch's workers watch their parent, which here is the server; the server waits for the
+    workers. After a SIGKILL of the run both would stay for ever.
+    """
+
+    def watch() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
 
 
 def _unchanged(raw: Any) -> Any:

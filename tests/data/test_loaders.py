@@ -214,6 +214,22 @@ def test_two_processes_read_disjoint_samples(shards):
     assert len(set.union(*steps)) == 3 * GLOBAL
 
 
+KILLED = READ.replace("threads=0", "threads=1").replace(
+    "for _ in range(3):\n    print(*next(loader).sample_ids)",
+    "next(loader)\nimport os, time\nprint('ready', flush=True)\ntime.sleep(600)",
+)
+
+
+def test_workers_do_not_outlive_a_killed_run(shards):
+    """Every process of the run holds its standard output: when all are gone it ends."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(shards.directory), "0"], stdout=subprocess.PIPE
+    )
+    assert run.stdout.readline() == b"ready\n"
+    run.kill()
+    assert run.communicate(timeout=300)[0] == b""
+
+
 def test_webp_shards_load(tmp_path, pictures):
     from conftest import write_shards
 
