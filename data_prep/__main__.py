@@ -74,6 +74,12 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     shards = build.add_argument_group("shards")
     add = shards.add_argument
     add("--shard-bytes", type=_size, default=1 << 30, metavar="SIZE", help="at most (1G)")
+    add(
+        "--gather",
+        action="store_true",
+        help="first copy each shard's images together, reading the source front to back: for"
+        " spinning disks; needs the data's size once more on the disk of --out",
+    )
     add("--shard-samples", type=int, default=0, metavar="N", help="at most; 0: no limit")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.gather import gather
 from data_prep.options import Options
 from data_prep.plan import FATES, Plan, load_plan, make_plan
 from data_prep.pool import Progress, each
@@ -60,6 +61,9 @@ def build(options: Options) -> dict[str, Manifest]:
         else:
             print("planning the shuffle ...", flush=True)
             plan = make_plan(options, workspace, units, classes)
+        if options.gather:
+            writing = Writing(options, workspace, tuple(units), "", options.out)
+            gather(writing, list(directories), options.workers)
         for split, path in directories.items():
             write_split(options, workspace, units, split, path, plan.shards[split])
         manifests = {

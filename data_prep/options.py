@@ -69,6 +69,8 @@ class Options:
     shard_samples: int = 0
     exclude: tuple[str, ...] = ()
     exclude_distance: int = 0
+    gather: bool = False
+    """Copy each shard's images together first; changes no byte of the result."""
     rules: Rules = Rules()
     workers: int = 1
 
@@ -102,7 +104,7 @@ class Options:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON."""
         values = asdict(self)
-        for name in ("out", "workers", "sources"):
+        for name in ("out", "workers", "gather", "sources"):
             del values[name]
         return {"sources": list(self.sources), **values, "exclude": list(self.exclude)}
 

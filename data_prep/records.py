@@ -93,6 +93,9 @@ class Workspace:
     def spool(self, unit: int) -> Path:
         return self.root / "spool" / f"{unit:06d}.bin"
 
+    def gathered(self, split: str, shard: int) -> Path:
+        return self.root / "gathered" / f"{split}-{shard:06d}.bin"
+
     def order(self, split: str) -> Path:
         return self.root / f"order-{split}.npy"
 
@@ -139,14 +142,14 @@ class Workspace:
 
     def tidy(self) -> None:
         """Delete what neither ``verify --repair`` nor ``report`` needs."""
-        for name in ("parts", "spool", "staged", "done"):
+        for name in ("parts", "spool", "staged", "gathered", "done"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-        for path in (self.fate, self.dropped, self.records):
+        for path in (self.fate, self.dropped, self.records, self.root / "places.npy"):
             path.unlink(missing_ok=True)
 
     def create(self) -> None:
         """Make the directories."""
-        for name in ("parts", "spool", "staged", "done"):
+        for name in ("parts", "spool", "staged", "gathered", "done"):
             try:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             except OSError as error:

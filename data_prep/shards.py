@@ -55,13 +55,13 @@ def tar_header(name: str, size: int) -> bytes:
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
-class _Sources:
+class SourceFiles:
     """Open source files, the least recently used closed first."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def __enter__(self) -> _Sources:
+    def __enter__(self) -> SourceFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,23 +111,34 @@ def write_shard(writing: Writing, shard: int) -> int:
     """
     records = shard_records(writing.workspace, writing.split, shard)
     tar = writing.directory / shard_name(shard)
-    result = write_records(writing, records, tar)
+    copy = writing.workspace.gathered(writing.split, shard)
+    result = write_records(writing, records, tar, copy if copy.exists() else None)
     files.write_json(writing.workspace.done(writing.split, shard), asdict(result))
+    copy.unlink(missing_ok=True)
     return len(records)
 
 
-def write_records(writing: Writing, records: np.ndarray, tar: Path) -> Shard:
-    """Write ``records`` to ``tar``, its index and its samples' checksums beside it."""
+def write_records(
+    writing: Writing, records: np.ndarray, tar: Path, copy: Path | None = None
+) -> Shard:
+    """Write ``records`` to ``tar``, its index and its samples' checksums beside it.
+
+    Args:
+        writing: what every worker knows.
+        records: (samples,) in the order they are to be written.
+        tar: the file to write.
+        copy: file of ``gather`` that holds this shard's images, where there is one.
+    """
+    gathered = _gathered_windows(records, copy)
     index = [f"v1.2 {len(records)}"]
     extension, digest, place = writing.options.rules.extension, hashlib.sha256(), 0
     sums: list[int] = []
     with ExitStack() as stack:
-        sources = stack.enter_context(_Sources())
-        names = stack.enter_context(writing.workspace.text.open("rb"))
+        sources = stack.enter_context(SourceFiles())
         stream = stack.enter_context(files.atomic_writer(tar))
-        for window in _windows(records):
-            texts = [_text(names.fileno(), record) for record in window]
-            images = _read_window(writing, sources, window, texts)
+        for span in windows(records):
+            window, texts = records[span], read_texts(writing, records[span])
+            images = read_window(writing, sources, window, texts, gathered.get(span.start))
             for record, (key, _), image in zip(window, texts, images, strict=True):
                 label = b"%0*d" % (LABEL_WIDTH, record["label"])
                 pieces = (
@@ -173,29 +184,73 @@ def write_info(manifest: Manifest, directory: Path) -> None:
     files.write_json(directory / "_info.json", {"splits": {manifest.split: split}})
 
 
-def _windows(records: np.ndarray) -> Iterator[np.ndarray]:
+def _gathered_windows(records: np.ndarray, copy: Path | None) -> dict[int, list[bytes]]:
+    """Images of a gathered shard by the start of their window; empty where there is no copy.
+
+    The file holds them in source order and is read once, front to back.
+    """
+    if copy is None:
+        return {}
+    order = np.lexsort((records["row"], records["unit"]))
+    ends = np.cumsum(records["size"][order].astype(np.int64))
+    try:
+        content = memoryview(copy.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {copy}: {error.strerror}") from error
+    images: list[bytes] = [b""] * len(records)
+    for place, end in zip(order.tolist(), ends.tolist(), strict=True):
+        images[place] = bytes(content[end - int(records["size"][place]) : end])
+    return {span.start: images[span] for span in windows(records)}
+
+
+def windows(records: np.ndarray) -> Iterator[slice]:
     """Runs of records of up to 64 MiB: read in the order they lie in the sources, and held."""
     ends = np.cumsum(records["size"].astype(np.int64))
     start = 0
     while start < len(records):
         before = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + _WINDOW, side="right")))
-        yield records[start:stop]
+        yield slice(start, stop)
         start = stop
 
 
-def _text(descriptor: int, record: np.void) -> tuple[str, str]:
-    raw = os.pread(descriptor, int(record["text_size"]), int(record["text_offset"]))
-    key, _, name = raw.decode("utf-8", "surrogateescape").partition("\t")
-    return key, name
+def read_texts(writing: Writing, window: np.ndarray) -> list[tuple[str, str]]:
+    """(key, member name) of each record."""
+    texts = []
+    with writing.workspace.text.open("rb") as names:
+        for record in window:
+            size, offset = int(record["text_size"]), int(record["text_offset"])
+            raw = os.pread(names.fileno(), size, offset).decode("utf-8", "surrogateescape")
+            key, _, name = raw.partition("\t")
+            texts.append((key, name))
+    return texts
 
 
-def _read_window(
-    writing: Writing, sources: _Sources, window: np.ndarray, texts: list[tuple[str, str]]
+def read_window(
+    writing: Writing,
+    sources: SourceFiles,
+    window: np.ndarray,
+    texts: list[tuple[str, str]],
+    copies: list[bytes] | None = None,
 ) -> list[bytes]:
+    """Bytes to write for each record, read in source order and checked against their hashes.
+
+    Args:
+        writing: what every worker knows.
+        sources: open files.
+        window: (samples,) records.
+        texts: key and member name of each.
+        copies: gathered bytes, used where they are what they should be.
+
+    Raises:
+        UserError: a source vanished, changed, or cannot be read.
+    """
     images: list[bytes] = [b""] * len(window)
     for place in np.lexsort((window["raw_offset"], window["unit"])):
         record, unit = window[place], writing.units[window["unit"][place]]
+        if copies is not None and _is_hashed(copies[place], record):
+            images[place] = copies[place]
+            continue
         path, offset, size = unit.path, int(record["raw_offset"]), int(record["raw_size"])
         if unit.kind == "folder":
             path, offset = str(Path(unit.path, texts[place][1])), 0
@@ -211,10 +266,14 @@ def _read_window(
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         except Refused:
             image = b""  # the hash below tells
-        if int.from_bytes(hashlib.sha256(image).digest()[:8], "big") != record["sha_high"]:
+        if not _is_hashed(image, record):
             raise UserError(
                 f"{path} changed since it was checked (at {texts[place][1]}): start again with an"
                 " empty --out"
             )
         images[place] = image
     return images
+
+
+def _is_hashed(image: bytes, record: np.void) -> bool:
+    return int.from_bytes(hashlib.sha256(image).digest()[:8], "big") == record["sha_high"]

@@ -105,6 +105,19 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, run, release, reference
     assert tree(tmp_path / "three") == tree(reference)
 
 
+@pytest.mark.parametrize("kind", ["outer", "folders"])
+def test_gathering_first_changes_no_byte(kind, tmp_path, run, reference, monkeypatch):
+    import data_prep.gather
+
+    monkeypatch.setattr(data_prep.gather, "_TASK_BYTES", 1)  # a task a class
+    sources = make_sources(kind, tmp_path / "raw")
+    words = ("build", "--dataset", "imagenet22k", "--source", *sources, "--out", tmp_path / "o")
+    assert run(*words, "--workers", 2, "--shard-samples", 16, "--gather") == 0
+    found = {name: sha for name, sha in tree(tmp_path / "o").items() if "shard-" in name}
+    assert found == {name: sha for name, sha in tree(reference).items() if "shard-" in name}
+    assert not list((tmp_path / "o").rglob("gathered"))
+
+
 def test_the_shuffle_is_global_and_seeded(tmp_path, run, release, reference):
     labels = [label for _, _, label in samples(reference)]
     for start in range(0, 48, 16):

@@ -11,6 +11,7 @@ from raw_archives import outer_tar, small_release, write_release
 from shard_contents import samples, tree
 
 import data_prep.build
+import data_prep.gather
 import data_prep.scan
 import data_prep.shards
 from data_prep.__main__ import main
@@ -43,13 +44,15 @@ def child(target, *arguments):
     return process
 
 
-def test_killed_at_any_moment(tmp_path, source, reference):
+@pytest.mark.parametrize("extra", [[], ["--gather"]])
+def test_killed_at_any_moment(extra, tmp_path, source, reference, monkeypatch):
     """SIGKILL after ever longer times; each next run continues; the bytes are as if undisturbed."""
+    monkeypatch.setattr(data_prep.gather, "_TASK_BYTES", 1)
     out = tmp_path / "out"
     kills = 0
     delay = 0.02
     while True:
-        process = child(lambda: os._exit(main(words(source, out))))
+        process = child(lambda: os._exit(main([*words(source, out), *extra])))
         process.join(delay)
         if process.exitcode is not None:
             assert process.exitcode == 0
@@ -69,11 +72,11 @@ def test_finished_work_is_not_done_again(tmp_path, source, reference, monkeypatc
     done = []
     writer = data_prep.shards.write_records
 
-    def failing(writing, records, tar):
+    def failing(writing, records, tar, copy):
         if len(done) == 7:
             raise OSError("pulled the plug")
         done.append(tar)
-        return writer(writing, records, tar)
+        return writer(writing, records, tar, copy)
 
     monkeypatch.setattr(data_prep.shards, "write_records", failing)
     with pytest.raises(OSError, match="plug"):
@@ -119,10 +122,10 @@ def test_a_vanished_source_is_named_and_its_return_continues(
     out = tmp_path / "out"
     real = data_prep.shards.write_records
 
-    def vanish(writing, records, tar):
+    def vanish(writing, records, tar, copy):
         if raw.exists() and len(list(out.rglob("shard-*.tar"))) == 3:
             raw.rename(tmp_path / "away.tar")
-        return real(writing, records, tar)
+        return real(writing, records, tar, copy)
 
     monkeypatch.setattr(data_prep.shards, "write_records", vanish)
     assert main(words(raw, out, 1)) == 1
@@ -144,11 +147,11 @@ def test_a_source_that_changed_under_the_build_is_noticed(tmp_path, source, monk
     raw.write_bytes(source.read_bytes())
     real = data_prep.shards.write_records
 
-    def scribble(writing, records, tar):
+    def scribble(writing, records, tar, copy):
         data = bytearray(raw.read_bytes())
         data[len(data) // 2 : len(data) // 2 + 20_000] = bytes(20_000)
         raw.write_bytes(data)
-        return real(writing, records, tar)
+        return real(writing, records, tar, copy)
 
     monkeypatch.setattr(data_prep.shards, "write_records", scribble)
     assert main(words(raw, tmp_path / "out", 1)) == 1
@@ -234,3 +237,20 @@ def test_one_bad_class_archive_does_not_stop_the_others(tmp_path, run):
     assert len(samples(out)) == 2
     events = lines(out / "rejected.jsonl")
     assert "damaged-archive" in {event["reason"] for event in events}
+
+
+def test_a_spoilt_copy_falls_back_on_the_source(tmp_path, source, reference, monkeypatch):
+    """Copies are not synced, so a power cut may leave holes in them."""
+    out = tmp_path / "out"
+    real = data_prep.shards.write_records
+    used = []
+
+    def spoil(writing, records, tar, copy):
+        used.append(copy)
+        data = copy.read_bytes()
+        copy.write_bytes(bytes(len(data) // 3) + data[len(data) // 3 : -500])
+        return real(writing, records, tar, copy)
+
+    monkeypatch.setattr(data_prep.shards, "write_records", spoil)
+    assert main([*words(source, out, 1), "--gather"]) == 0
+    assert len(used) == 20 and tree(out) == reference
