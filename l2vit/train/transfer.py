@@ -151,7 +151,8 @@ def _body_fate(name: str, given: Tensor, tensor: Tensor) -> TensorFate:
 
 def _require_same_model(model: nn.Module, source: Source) -> None:
     name = sources.architecture(model)
-    if source.model != name:
+    # The same network may be registered once more for its larger input.
+    if source.model.removesuffix("_384") != name.removesuffix("_384"):
         raise UserError(
             f"init.source {source.path} holds {source.model}, this run's model is {name};"
             f" set model.name={source.model} or choose another source"

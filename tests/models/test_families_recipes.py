@@ -1,17 +1,20 @@
 """Recipes of FLatten and InLine: numbers typed from families.md section 6, files built."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import l2vit  # noqa: F401
 from l2vit.config import load
-from l2vit.train.config import TrainConfig
+from l2vit.train.config import InitConfig, TrainConfig
 from l2vit.train.param_groups import param_groups
 from l2vit.train.schedule import Schedule
+from l2vit.train.transfer import load_initial
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 1_281_167
@@ -139,6 +142,37 @@ def test_augmentation_and_model(name):
         for n, p in model.named_parameters()
         if p.ndim <= 1 or n.endswith("relative_position_bias_table")
     }
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name.endswith("384")])
+def test_enlarging_starts_from_the_run_at_224(name, tmp_path):
+    """The 384 recipes take the weights of the 224 model of the same size, tables resized."""
+    config = load(TrainConfig, ROOT / path(name))
+    small = name.removesuffix("_384")
+    assert config.init.source == f"runs/{small}"
+    small_sizes = {"embed_dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+    types = {"types": "LLSS"}  # two heads at least where CSwin halves them
+    torch.manual_seed(0)
+    first = timm.create_model(small, img_size=64, window_size=2, **small_sizes, **types)
+    exported = tmp_path / small
+    exported.mkdir()
+    save_file(first.state_dict(), exported / "model.safetensors")
+    arguments = {"img_size": 64, "window_size": 2, **small_sizes, **types}
+    described = {
+        "architecture": small,
+        "pretrained_cfg": dict(first.pretrained_cfg),
+        "model_args": arguments,
+    }
+    (exported / "config.json").write_text(json.dumps(described))
+    second = timm.create_model(name, img_size=128, window_size=4, **small_sizes, **types)
+    classes = [str(i) for i in range(1000)]
+    init = InitConfig(source=str(exported), head="fresh")
+    report = load_initial(second, init, classes=classes, class_names=classes)
+    resized = {t.name for t in report.tensors if t.fate == "resized"}
+    tables = {n for n, _ in second.named_parameters() if n.endswith(("encoding", "bias_table"))}
+    assert resized == tables and (tables or "inline_cswin" in name)
+    kept = first.state_dict()["stages.2.blocks.0.attn.qkv.weight"]
+    assert torch.equal(second.state_dict()["stages.2.blocks.0.attn.qkv.weight"], kept)
 
 
 def test_every_shipped_recipe_is_in_the_table():
