@@ -168,7 +168,7 @@ def _fill(
         "weights": source.which,
         "step": source.training.get("step"),
         "pictures": origin,
-        "timm": proof.as_dict(),
+        "timm": proof.as_dict(verification.TOLERANCE),
     }
     inputs = verification.inputs_of(source, samples)
     for wanted, make in ((options.onnx, formats.onnx), (options.torch_export, formats.export)):
@@ -176,7 +176,7 @@ def _fill(
             name, answers = make(directory, trained, inputs)
             other = verification.compare(logits, answers, samples, source.classes)
             verification.require(other, name, formats.TOLERANCE)
-            certificate[name] = other.as_dict()
+            certificate[name] = other.as_dict(formats.TOLERANCE)
     full = {}
     if options.evaluate is not None:
         full = evaluate_both(directory, source, trained, options.evaluate)

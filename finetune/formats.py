@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ def onnx(directory: Path, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor
         raise UserError(f"--onnx needs {error.name}: pip install -r requirements-dev.txt") from None
     name = "model.onnx"
     example = _batch(inputs, _EXAMPLE)
-    with contextlib.redirect_stdout(io.StringIO()):  # progress marks of the exporter
+    with _quiet():
         torch.onnx.export(
             model,
             (example,),
@@ -59,11 +61,20 @@ def export(directory: Path, model: nn.Module, inputs: Tensor) -> tuple[str, Tens
     """Write ``model.pt2`` (torch.export, any batch), load it again and run it; see `onnx`."""
     name = "model.pt2"
     shapes = ({0: torch.export.Dim("batch", min=1)},)
-    program = torch.export.export(model, (_batch(inputs, _EXAMPLE),), dynamic_shapes=shapes)
-    torch.export.save(program, directory / name)
-    loaded = torch.export.load(directory / name).module()
+    with _quiet():
+        program = torch.export.export(model, (_batch(inputs, _EXAMPLE),), dynamic_shapes=shapes)
+        torch.export.save(program, directory / name)
+        loaded = torch.export.load(directory / name).module()
     with torch.inference_mode():
         return name, torch.cat([loaded(part) for part in inputs.split(8)])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' progress marks and warnings about torch's own internals."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _batch(inputs: Tensor, count: int) -> Tensor:

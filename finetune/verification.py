@@ -60,13 +60,17 @@ class Proof:
     trained_right: int
     exported_right: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def allowed(self, tolerance: float) -> float:
+        """The largest difference that passes: ``tolerance`` of the largest logit, at least 1."""
+        return tolerance * max(1.0, self.largest_logit)
+
+    def as_dict(self, tolerance: float) -> dict[str, Any]:
         """For the certificate."""
         return {
             "images": self.images,
             "largest_logit_difference": self.largest_difference,
             "largest_logit": self.largest_logit,
-            "tolerance": TOLERANCE * max(1.0, self.largest_logit),
+            "tolerance": self.allowed(tolerance),
             "same_first_answer": self.agree,
             "labelled_images": self.labelled,
             "top1_right_trained": self.trained_right,
@@ -161,7 +165,7 @@ def prove(
 
 def require(proof: Proof, what: str, tolerance: float) -> None:
     """Raise UserError unless the difference is within ``tolerance`` and all answers agree."""
-    allowed = tolerance * max(1.0, proof.largest_logit)
+    allowed = proof.allowed(tolerance)
     if not proof.largest_difference <= allowed or proof.agree != proof.images:
         raise UserError(
             f"{what} is not the trained one: logits differ by {proof.largest_difference:.3g}"

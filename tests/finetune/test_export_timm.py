@@ -105,7 +105,7 @@ def test_refused_where_the_exported_model_differs(run, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refused_where_the_weights_differ_a_little(exported, run, model):
+def test_refused_where_the_weights_differ_a_little(exported, run, same_process):
     source = sources.read(run)
     samples, _ = export_timm.proof_samples(source, None, 4)
     changed = make_model()
@@ -113,20 +113,6 @@ def test_refused_where_the_weights_differ_a_little(exported, run, model):
         changed.head.fc.bias[3] += 1e-3
     with pytest.raises(UserError, match="logits differ by"):
         verification.prove(exported, source, changed, samples)
-
-
-@pytest.fixture
-def same_process(monkeypatch):
-    """Load the export through timm here: starting a process each time takes seconds."""
-
-    def logits(directory, samples):
-        model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-        cfg = timm.data.resolve_model_data_config(model)
-        show = timm.data.create_transform(**cfg, is_training=False)
-        with torch.inference_mode():
-            return model(torch.stack([show(sample.picture()) for sample in samples]))
-
-    monkeypatch.setattr(verification, "fresh_logits", logits)
 
 
 def test_earlier_export_is_replaced_other_directories_are_not(run, tmp_path, capfd, same_process):
@@ -228,7 +214,6 @@ def test_window_and_size_may_change_at_export(run, tmp_path, model, capfd, same_
     assert "--window-size 2 --input-size 64" in card
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_onnx_and_torch_export_and_whole_accuracy(run, tmp_path, shards, model, same_process):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

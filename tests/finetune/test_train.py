@@ -68,7 +68,7 @@ def launch(config, *overrides, ranks=1):
     return outputs
 
 
-def test_a_run_at_two_sizes_ends_as_the_same_timm_model(tmp_path, shards):
+def test_a_run_at_two_sizes_ends_as_the_same_timm_model(tmp_path, shards, same_process):
     """Pre-training under ZeRO-3 on two ranks, then fine-tuning under ZeRO-2 at 48 with window 6."""
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(RECIPE))
