@@ -2,11 +2,13 @@
 
 A thread on each rank posts where its rank is (``PhaseClock.place``) to a small key-value store
 of its own. Ranks pass the same phases in the same order, so of ranks that all stand still the
-one that has come least far is the cause and the others are waiting for it.
+one that has come least far is the cause and the others are waiting for it; within one phase, a rank
+that stands in a collective waits and is not the cause.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import faulthandler
 import os
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -22,6 +25,8 @@ from l2vit.train.distributed import World
 
 EXIT_STATUS = 1
 _ANSWER = datetime.timedelta(seconds=5)
+_UNANSWERED = 20.0
+"""Seconds the ordinary report gets before the process ends without it."""
 
 
 def culprits(places: Sequence[Place | None]) -> list[int]:
@@ -29,8 +34,23 @@ def culprits(places: Sequence[Place | None]) -> list[int]:
     silent = [rank for rank, place in enumerate(places) if place is None]
     if silent:
         return silent
-    least = min(place.count for place in places if place is not None)
-    return [rank for rank, place in enumerate(places) if place is not None and place.count == least]
+    present = [(rank, place) for rank, place in enumerate(places) if place is not None]
+    least = min(place.count for _, place in present)
+    behind = [(rank, place) for rank, place in present if place.count == least]
+    acting = [rank for rank, place in behind if not place.waiting]
+    return acting or [rank for rank, _ in behind]
+
+
+def in_collective() -> bool:
+    """Whether some thread of this process stands in a call of torch.distributed."""
+    own = threading.get_ident()
+    for thread, frame in sys._current_frames().items():
+        at: FrameType | None = frame
+        while at is not None and thread != own:
+            if at.f_code.co_filename == dist.distributed_c10d.__file__:
+                return True
+            at = at.f_back
+    return False
 
 
 def describe(places: Sequence[Place | None], seconds: float) -> str:
@@ -59,6 +79,7 @@ class Watchdog:
             self._store = self._open_store()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+            threading.Thread(target=self._last_resort, name="last-resort", daemon=True).start()
 
     def close(self) -> None:
         """End the watch."""
@@ -80,14 +101,31 @@ class Watchdog:
         beat = min(1.0, self._limit / 8)
         while not self._stop.wait(beat):
             place, standing = self._clock.place()
-            self._post(place)
+            waiting = standing > self._limit / 2 and in_collective()
+            self._post(dataclasses.replace(place, waiting=waiting))
             # Setup has phases of its own length: imports, compilation, a slow first batch.
             if standing > self._limit and place.phase != "setup":
                 self._report(standing, patience=4 * beat)
 
+    def _last_resort(self) -> None:
+        """End the process although the store does not answer: a dead link blocks its calls."""
+        beat = min(1.0, self._limit / 8)
+        longest = self._limit + max(16 * beat, _UNANSWERED)
+        while not self._stop.wait(beat):
+            place, standing = self._clock.place()
+            if standing > longest and place.phase != "setup":
+                print(
+                    f"error: rank {self._world.rank} made no progress for {standing:.0f} s in phase"
+                    f" {place.phase} of step {place.step} and cannot reach rank 0 (network?);"
+                    " stopping (faults.hang_seconds)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(EXIT_STATUS)
+
     def _post(self, place: Place) -> None:
         try:
-            text = f"{place.count} {place.phase} {place.step} {time.time()}"
+            text = f"{place.count} {place.phase} {place.step} {int(place.waiting)} {time.time()}"
             self._store.set(f"place/{self._world.rank}", text)
         except RuntimeError:  # rank 0, which keeps the store, is the one that is gone
             pass
@@ -108,9 +146,10 @@ class Watchdog:
         try:
             if not self._store.check([f"place/{rank}"]):
                 return None
-            count, phase, step, posted = self._store.get(f"place/{rank}").decode().split()
+            fields = self._store.get(f"place/{rank}").decode().split()
+            count, phase, step, waiting, posted = fields
         except RuntimeError:
             return None
         if time.time() - float(posted) > patience + self._limit / 2:
             return None
-        return Place(int(count), phase, int(step))
+        return Place(int(count), phase, int(step), waiting == "1")

@@ -1,0 +1,151 @@
+"""Two hosts that share a disk: network namespaces joined by one wire, which can be cut.
+
+Each host runs ``bash launch/pretrain.sh --no_ssh ...`` as its user would. The route over ssh
+needs pdsh and an ssh daemon: give it with TWO_NODES_SSH=hostfile (see docs/cluster.md).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from l2vit.launch import processes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+import small_runs
+from forked_ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.multinode
+
+
+class Hosts:
+    """Two namespaces; removed together with the wire."""
+
+    def __init__(self):
+        tag = f"{os.getpid() % 100000}"
+        subnet = f"10.{77 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+        self.names = [f"l2v{tag}{letter}" for letter in "ab"]
+        self.wires = [f"w{tag}{letter}" for letter in "ab"]
+        self.addresses = [f"{subnet}.{number}" for number in (1, 2)]
+
+    def make(self):
+        for name in self.names:
+            self.ip("netns", "add", name)
+        first, second = self.wires
+        self.ip("link", "add", first, "type", "veth", "peer", "name", second)
+        for name, wire, address in zip(self.names, self.wires, self.addresses, strict=True):
+            self.ip("link", "set", wire, "netns", name)
+            self.ip("-n", name, "addr", "add", f"{address}/24", "dev", wire)
+            self.ip("-n", name, "link", "set", "lo", "up")
+            self.ip("-n", name, "link", "set", wire, "up")
+
+    def remove(self):
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+    def wire(self, state: str):
+        self.ip("-n", self.names[0], "link", "set", self.wires[0], state)
+
+    @staticmethod
+    def ip(*arguments: str):
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    if shutil.which("ip") is None:
+        pytest.skip("needs the ip command (package iproute2)")
+    two = Hosts()
+    try:
+        two.make()
+        subprocess.run(["ip", "netns", "exec", two.names[0], "true"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        two.remove()
+        pytest.skip("making network namespaces is not permitted here")
+    yield two
+    two.remove()
+
+
+@contextlib.contextmanager
+def launched(hosts: Hosts, folder: Path, *arguments: str):
+    """The same command on each host; yields both processes, their output in N.log."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
+    port = str(free_port())
+    running = []
+    for node, name in enumerate(hosts.names):
+        command = ["ip", "netns", "exec", name, "bash", str(ROOT / "launch" / "pretrain.sh")]
+        command += ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node)]
+        command += ["--master_addr", hosts.addresses[0], "--master_port", port]
+        more = {"GLOO_SOCKET_IFNAME": hosts.wires[node], "VIRTUAL_ENV": sys.prefix}
+        more |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "L2VIT_NPROC": ""}
+        log = (folder / f"{node}.log").open("w")
+        process = subprocess.Popen(
+            [*command, *arguments],
+            env=os.environ | more,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        log.close()
+        running.append(process)
+    try:
+        yield running
+    finally:
+        for process in running:
+            ranks = processes.sessions_below(process.pid)
+            for session in (*ranks, process.pid):
+                processes.end_session(session, grace=0.0)
+            process.wait()
+
+
+def logs(folder: Path) -> str:
+    return "\n".join((folder / f"{node}.log").read_text() for node in (0, 1))
+
+
+def test_a_cut_wire_ends_the_run_and_the_next_launch_continues(hosts, tmp_path):
+    shards, run = small_runs.build_shards(tmp_path, 80), tmp_path / "run"
+    small = {"model__name": "l2vit_mini", "model__window_size": 4, "model__drop_path_rate": 0.0}
+    small |= {"data__input_size": 32, "eval__every": "1000 steps", "faults__hang_seconds": 6}
+    config = ["--config", str(small_runs.settings(shards, run, **small))]
+
+    with launched(hosts, tmp_path, *config, "schedule.length=10000 steps") as nodes:
+        while not list(run.glob("checkpoints/step-*/checkpoint.json")):
+            assert all(node.poll() is None for node in nodes), logs(tmp_path)
+            time.sleep(0.2)
+        hosts.wire("down")
+        # Nobody ends these but themselves.
+        assert [node.wait() for node in nodes] == [1, 1], logs(tmp_path)
+    hosts.wire("up")
+    told = logs(tmp_path)
+    assert "rank 1 made no progress for" in told and "does not answer" in told
+    assert not (run / "DONE").exists()
+    steps = sorted(int(p.parent.name[5:]) for p in run.glob("checkpoints/step-*/checkpoint.json"))
+
+    length = f"schedule.length={steps[-1] + 4} steps"
+    with launched(hosts, tmp_path, *config, length) as nodes:
+        assert [node.wait() for node in nodes] == [0, 0], logs(tmp_path)
+    assert f"continuing from {run}/checkpoints/step-{steps[-1]:08d}" in logs(tmp_path)
+    assert json.loads((run / "DONE").read_text())["step"] == steps[-1] + 4
+
+
+@pytest.mark.skipif("TWO_NODES_SSH" not in os.environ, reason="TWO_NODES_SSH names no hostfile")
+def test_over_ssh(tmp_path):
+    """Opt-in: pdsh and password-less ssh to the hosts of a hostfile, which share tmp and code."""
+    shards, run = small_runs.build_shards(tmp_path, 80), tmp_path / "run"
+    small = {"model__name": "l2vit_mini", "model__window_size": 4, "data__input_size": 32}
+    config = small_runs.settings(shards, run, **small, schedule__length="6 steps")
+    command = ["bash", str(ROOT / "launch" / "pretrain.sh")]
+    command += ["--hostfile", os.environ["TWO_NODES_SSH"], "--config", str(config)]
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "DONE").read_text())["step"] == 6
