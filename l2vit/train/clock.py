@@ -20,6 +20,8 @@ class Place:
     """Phases entered so far."""
     phase: str
     step: int
+    waiting: bool = False
+    """Whether it stands in a collective, that is, waits for other ranks."""
 
 
 class PhaseClock:

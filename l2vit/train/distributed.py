@@ -167,6 +167,12 @@ def start(world: World, *, timeout_seconds: float = 1800.0) -> World:
     return dataclasses.replace(world, control=control)
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text
+
+
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 
 import torch
 import torch.nn.functional as F
 
+from l2vit.data.batch import Batch
 from l2vit.errors import UserError
-from l2vit.train import checkpoint, faults, report, vitals
+from l2vit.train import checkpoint, distributed, faults, report, vitals
 from l2vit.train.checkpoint import Reader
 from l2vit.train.config import TrainConfig
 from l2vit.train.engine import StepOutcome
@@ -35,7 +37,15 @@ def train(config: TrainConfig) -> int:
         if run is None:
             print(f"{config.run.dir} is finished already", flush=True)
             return 0
-        status = _loop(run)
+        try:
+            status = _loop(run)
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise UserError(
+                f"rank {run.world.rank} lost another rank in step {run.clock.step}"
+                f" ({str(error).splitlines()[0]}); the same command continues the run"
+            ) from error
         report.finish(run.directory, run.metrics, main=run.world.main, done=status == 0)
         return status
 
@@ -84,7 +94,7 @@ def _forward_backward(run: Run) -> torch.Tensor:
     watching = every > 0 and clock.step % every == 0
     for micro_step in range(split.accumulation):
         with clock("data"):
-            batch = next(run.loader)
+            batch = _next_batch(run)
             images, targets = run.mixer(batch, mix=run.state.step < run.mix_until)
         run.seed_step(micro_step)
         with clock("forward"), run.denominators.watch() if watching else contextlib.nullcontext():
@@ -97,6 +107,16 @@ def _forward_backward(run: Run) -> torch.Tensor:
         if micro_step < split.accumulation - 1:
             run.engine.micro_step()
     return torch.stack([micro.loss for micro in run.micro]).mean()
+
+
+def _next_batch(run: Run) -> Batch:
+    try:
+        return next(run.loader)
+    except UserError as error:  # this rank's alone: nobody else can tell of it
+        error.args = (f"rank {run.world.rank}: {error}",)
+        if not run.world.main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 def _optimizer_step(run: Run) -> StepOutcome:

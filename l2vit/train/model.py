@@ -64,6 +64,11 @@ def _checkpoint_gradients(model: nn.Module, name: str) -> None:
         raise ConfigError(f"engine.grad_checkpointing: {name} cannot; set it to false") from None
 
 
+def probes_memory(world: World) -> bool:
+    """Whether running out of memory can be tried: without a GPU the system kills the process."""
+    return world.device.type == "cuda"
+
+
 def fit_micro_batch(
     model: nn.Module, config: TrainConfig, split: Split, *, world: World, classes: int
 ) -> Split:

@@ -231,7 +231,7 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
     )
     network = model.create(config, classes=len(manifest.classes))
     flops = 6 * _macs(network, config.data.input_size)
-    if config.engine.auto_micro_batch and world.device.type == "cuda":
+    if config.engine.auto_micro_batch and model.probes_memory(world):
         split = model.fit_micro_batch(
             network, config, split, world=world, classes=len(manifest.classes)
         )

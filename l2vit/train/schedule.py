@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from l2vit.errors import ConfigError
 from l2vit.train.config import OptimConfig, ScheduleConfig
 
+_DURATION = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([a-z]+?)s?\s*")
 _UNITS = ("steps", "epochs", "images")
 
 
@@ -27,7 +28,7 @@ class Duration:
         Raises:
             ConfigError: says what a duration looks like.
         """
-        match = re.fullmatch(r"\s*([-+.\deE]+)\s*([a-z]+?)s?\s*", text)
+        match = _DURATION.fullmatch(text)
         try:
             if match is None or f"{match[2]}s" not in _UNITS:
                 raise ValueError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,9 @@ def train(path):
     from l2vit import cli
     from pretrain.train import main
 
-    return cli.run(lambda: main(["--config", str(path)]), program="pretrain train")
+    report = os.environ.get("RANK", "0") == "0"
+    arguments = ["--config", str(path)]
+    return cli.run(lambda: main(arguments), program="pretrain train", report=report)
 
 
 def records(run: Path) -> list[dict]:

@@ -1,0 +1,160 @@
+"""The learning rate against closed forms at every step, durations, groups and splits."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import l2vit  # noqa: F401
+from l2vit.errors import ConfigError
+from l2vit.train import batching, param_groups
+from l2vit.train.config import OptimConfig, ScheduleConfig
+from l2vit.train.schedule import Duration, Schedule, interval_of
+
+IMAGENET_22K = 14_197_122
+
+
+def build(steps_per_epoch, optim=None, **settings):
+    return Schedule.build(
+        ScheduleConfig(**settings), OptimConfig(**(optim or {})), steps_per_epoch=steps_per_epoch
+    )
+
+
+def test_every_step_of_the_22k_recipe():
+    per_epoch = IMAGENET_22K // 4096
+    schedule = build(
+        per_epoch,
+        {"lr": 1e-3, "weight_decay": 0.05},
+        global_batch=4096,
+        length="90 epochs",
+        warmup="5 epochs",
+        start_lr=1e-6,
+        min_lr=1e-5,
+    )
+    total, warm = 90 * per_epoch, 5 * per_epoch
+    assert schedule.total == total and 310_000 < total < 312_000  # about 310,800 steps
+    i = np.arange(total, dtype=np.float64)
+    rising = 1e-6 + (1e-3 - 1e-6) * i / (warm - 1)
+    falling = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * (i - warm) / (total - warm)))
+    expected = np.where(i < warm, rising, falling)
+    found = np.array([schedule.lr(step) for step in range(total)])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert {schedule.weight_decay(step) for step in range(0, total, 1000)} == {0.05}
+    assert schedule.lr(warm - 1) == schedule.lr(warm) == 1e-3
+
+
+def test_the_swin_convention_with_cool_down():
+    settings = {"length": "300 epochs", "cooldown": "10 epochs", "warmup": "20 epochs"}
+    schedule = build(
+        100,
+        {"lr": 5e-4},
+        global_batch=8,
+        convention="swin",
+        start_lr=5e-7,
+        min_lr=5e-6,
+        **settings,
+    )
+    assert schedule.total == 31_000
+    for step in range(31_000):
+        t = max(step - 1, 0)
+        if t < 2000:
+            expected = 5e-7 + t * (5e-4 - 5e-7) / 2000
+        elif t < 30_000:
+            expected = 5e-6 + 0.5 * (5e-4 - 5e-6) * (1 + math.cos(math.pi * t / 30_000))
+        else:
+            expected = 5e-6
+        assert schedule.lr(step) == pytest.approx(expected, rel=1e-12)
+    assert schedule.lr(2001) < 5e-4  # a little below the peak right after the warm-up
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("90 epochs", 9000),
+        ("1 epoch", 100),
+        ("0.1 epochs", 10),
+        ("250 steps", 250),
+        ("1e3 images", 125),
+        ("1007 images", 125),
+        ("0.5epochs", 50),
+    ],
+)
+def test_durations(text, steps):
+    assert Duration.parse(text).steps(steps_per_epoch=100, global_batch=8) == steps
+
+
+@pytest.mark.parametrize("text", ["90", "epochs", "ninety epochs", "-1 steps", "1 day", "1 e", ""])
+def test_what_is_no_duration(text):
+    with pytest.raises(ConfigError, match="is not a duration such as"):
+        Duration.parse(text)
+
+
+def test_impossible_lengths_are_refused():
+    with pytest.raises(ConfigError, match=r"schedule\.warmup"):
+        build(10, global_batch=8, length="2 epochs", warmup="3 epochs")
+    with pytest.raises(ConfigError, match=r"schedule\.length"):
+        build(10, global_batch=8, length="4 images", warmup="0 steps")
+    assert interval_of("", "eval.every", 10, 8) == 0
+    assert interval_of("1 images", "eval.every", 10, 8) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_possible_split_is_listed(world):
+    listed = batching.possible(48, world=world, multiple_of=2)
+    brute = [
+        (m, a) for m in range(48, 0, -1) for a in range(1, 49) if m * a * world == 48 and m % 2 == 0
+    ]
+    assert [(s.micro_batch, s.accumulation) for s in listed] == brute
+    assert batching.split(48, world=world, multiple_of=2) == listed[0]
+
+
+def test_an_impossible_split_lists_the_possible_ones():
+    with pytest.raises(ConfigError, match="24×1, 12×2, 8×3, 6×4"):
+        batching.split(48, world=2, micro_batch=5)
+    with pytest.raises(ConfigError, match="the nearest that can is 50"):
+        batching.split(48, world=5)
+    smaller = batching.halve(batching.split(48, world=2), multiple_of=2)
+    assert smaller == batching.Split(12, 2, 2)
+    assert batching.halve(batching.Split(2, 12, 2), multiple_of=2) is None
+
+
+def test_vectors_do_not_decay():
+    model = timm.create_model("l2vit_mini", num_classes=5)
+    groups = param_groups.param_groups(model)
+    by_name = {name: group for group in groups for name in group.names}
+    for name, parameter in model.named_parameters():
+        assert by_name[name].decays == (parameter.ndim > 1), name
+    assert by_name["stages.0.blocks.1.attn.scale"].decays  # as in the authors' runs
+    assert sum(group.numel for group in groups) == sum(p.numel() for p in model.parameters())
+    text = param_groups.table(groups, lr=1e-3, weight_decay=0.05)
+    assert "no decay" in text and "0.05" in text
+
+
+@pytest.mark.parametrize("name", ["l2vit_mini", "deit_tiny_patch16_224"])
+def test_layer_decay_agrees_with_timm(name):
+    from timm.optim import param_groups_layer_decay
+
+    model = timm.create_model(name, num_classes=5)
+    theirs = {}
+    for group in param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8):
+        for parameter in group["params"]:
+            theirs[parameter] = group["lr_scale"]
+    ours = param_groups.param_groups(model, layer_decay=0.8)
+    assert len({group.lr_scale for group in ours}) > 3
+    for group in ours:
+        for parameter in group.params:
+            assert group.lr_scale == pytest.approx(theirs[parameter])
+
+
+def test_rates_are_set_per_group():
+    weights = [torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))]
+    groups = [
+        param_groups.ParamGroup("a", ["a"], weights[:1], decays=True, lr_scale=0.5),
+        param_groups.ParamGroup("b", ["b"], weights[1:], decays=False),
+    ]
+    optimizer = torch.optim.AdamW(param_groups.optimizer_groups(groups, 0.05))
+    param_groups.set_rates(optimizer, lr=0.2, weight_decay=0.1)
+    rates = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert rates == [(0.1, 0.1), (0.2, 0.0)]
