@@ -103,7 +103,9 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
     mixer = Mixer(settings.augment, num_classes=classes, seed=settings.run.seed)
     mixed, targets = mixer(batches["host"])
     mean, std = settings.augment.mean, settings.augment.std
-    pictures = {name: to_bytes(batch.images, mean, std) for name, batch in batches.items()}
+    pictures: dict[str, np.ndarray] = {
+        name: to_bytes(batch.images, mean, std) for name, batch in batches.items()
+    }
     pictures["mixed"] = to_bytes(mixed, mean, std)
     apart = np.abs(pictures["host"].astype(int) - pictures["dali"]).mean()
     rows = [
