@@ -52,6 +52,7 @@ def _by_columns(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()
     )
 
 
