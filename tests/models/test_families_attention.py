@@ -74,7 +74,7 @@ def test_gradients_in_float64(name):
     assert torch.autograd.gradcheck(function, (*inputs, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("name", [n for n in CORES if n != "xca"])  # it weighs channels
 def test_attention_map_is_what_weighs_the_values(name):
     """Rows of the map times v, plus what the convolution beside it adds, is the output."""
     torch.manual_seed(0)
