@@ -1,6 +1,6 @@
 """What data preparation costs, beside webdataset's own writer on the same images.
 
-    python benchmarks/data_prep.py write [--images 4000] [--workers 1 2]
+    python benchmarks/data_prep.py write [--images 8000] [--workers 1 2]
     python benchmarks/data_prep.py shuffle [--samples 14197122]
 
 ``write`` makes 500x375 JPEGs from real photographs, packs them as an ImageNet-22k-shaped archive
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--scratch", default=None, help="directory for temporary files")
     commands = parser.add_subparsers(required=True)
     write = commands.add_parser("write")
-    write.add_argument("--images", type=int, default=4000)
+    write.add_argument("--images", type=int, default=8000)
     write.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     write.add_argument("--repeats", type=int, default=3)
     write.set_defaults(run=run_write)

@@ -89,7 +89,8 @@ def run_build(arguments: argparse.Namespace) -> int:
     from data_prep.options import Options, Rules
 
     values = vars(arguments)
-    rules = {name: values[name] for name in Rules.__dataclass_fields__}
+    rules = {name: values[name] for name in Rules.__dataclass_fields__.keys() & values.keys()}
+    rules["perceptual"] = arguments.exclude_distance > 0
     rules["exif"] = rules["exif"] or ("keep" if arguments.dataset == "imagenet1k" else "apply")
     names = Options.__dataclass_fields__.keys() & values.keys()
     options = Options(

@@ -52,6 +52,7 @@ class Good:
     form: str
     """Source format, one of FORMS."""
     phash: int
+    """Perceptual hash; 0 unless the rules ask for it."""
     repairs: tuple[str, ...] = ()
     """What was wrong; empty where the bytes passed through untouched."""
 
@@ -168,14 +169,14 @@ def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> Good:
     if head.sof == 0xC2 and data.count(b"\xff\xda") > _MAX_SCANS:
         raise Refused("too-many-scans", f"more than {_MAX_SCANS} scans")
     repairs += _jpeg_faults(head, rules)
-    small = _strict_decode(data, head, repairs)
+    small = _strict_decode(data, head, rules, repairs)
     if b"\xff\xd9" not in data[-64:]:
         # Readers that look for the end marker where a file ends would call this one cut off.
         data = data[: data.rfind(b"\xff\xd9") + 2]
         repairs.append("trailing-bytes")
     if set(repairs) - {"gzip", "trailing-bytes"} or rules.format != "jpeg":
         return _reencode(data, "jpeg", rules, repairs)
-    return Good(data, head.width, head.height, "jpeg", perceptual_hash(small), tuple(repairs))
+    return Good(data, head.width, head.height, "jpeg", _hash(small, rules), tuple(repairs))
 
 
 def _jpeg_faults(head: _Header, rules: Rules) -> list[str]:
@@ -196,14 +197,14 @@ def _jpeg_faults(head: _Header, rules: Rules) -> list[str]:
     return faults
 
 
-def _strict_decode(data: bytes, head: _Header, repairs: list[str]) -> np.ndarray:
+def _strict_decode(data: bytes, head: _Header, rules: Rules, repairs: list[str]) -> np.ndarray:
     """(h, w) uint8 gray, reduced up to eightfold.
 
     Raises:
         Refused: libjpeg reported an error or a warning.
     """
     space = "CMYK" if head.components == 4 else "GRAY"
-    side = min(_DECODED_SIDE, head.width, head.height)
+    side = min(_DECODED_SIDE if rules.perceptual else 1, head.width, head.height)
     try:
         return simplejpeg.decode_jpeg(data, space, min_height=side, min_width=side)[:, :, 0]
     except ValueError as error:
@@ -249,13 +250,12 @@ def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> Good:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         if "resized" not in repairs:
             repairs.append("resized")
-    gray = np.asarray(image.convert("L"))
     return Good(
         _encode(image, form, rules),
         image.width,
         image.height,
         form,
-        perceptual_hash(gray),
+        _hash(np.asarray(image.convert("L")), rules),
         tuple(repairs),
     )
 
@@ -303,6 +303,10 @@ def _cosines(length: int) -> np.ndarray:
     place = np.arange(length) + 0.5
     waves = np.cos(np.pi / length * np.outer(np.arange(8), place)) / length
     return waves.astype(np.float32)
+
+
+def _hash(gray: np.ndarray, rules: Rules) -> int:
+    return perceptual_hash(gray) if rules.perceptual else 0
 
 
 def perceptual_hash(gray: np.ndarray) -> int:

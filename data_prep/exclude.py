@@ -73,7 +73,7 @@ def load_guard(paths: tuple[str, ...], *, near: bool) -> Guard:
 
 def _add_hash(title: str, data: bytes, hashes: list[int], titles: list[str]) -> None:
     try:
-        good = clean(data, Rules(min_side=1, exif="keep"))
+        good = clean(data, Rules(min_side=1, exif="keep", perceptual=True))
     except Refused:
         return  # what does not decode has no near copies; its bytes are excluded all the same
     hashes.append(good.phash)

@@ -26,6 +26,8 @@ class Rules:
     quality: int = 95
     exif: str = "apply"
     """``apply`` turns the pixels upright as the EXIF tag says; ``keep`` ignores the tag."""
+    perceptual: bool = False
+    """Compute the perceptual hash; only the leakage guard's near copies need it."""
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be meant."""
@@ -98,6 +100,8 @@ class Options:
             raise ConfigError("--shard-bytes below 64 KiB would hold no photograph")
         if self.workers < 1:
             raise ConfigError(f"--workers {self.workers} must be at least 1")
+        if self.exclude_distance and not self.rules.perceptual:
+            raise ConfigError("exclude_distance needs rules with perceptual hashes")
         if not 0 <= self.exclude_distance <= 6:
             raise ConfigError(f"--exclude-distance {self.exclude_distance} is not in 0 … 6")
 

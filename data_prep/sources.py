@@ -234,13 +234,26 @@ def renumbered(units: list[Unit]) -> list[Unit]:
 
 
 def _role_units(units: list[Unit], options: Options) -> list[Unit]:
-    """Keep the part a ``--split`` without a rule asks for, where the source names its parts."""
-    if options.split in ("train", "val"):
-        kept = [unit for unit in units if unit.split in ("", options.split)]
-        if not kept:
-            raise UserError(f"the sources hold no {options.split} part")
-        return kept
-    return units
+    """The units of the part asked for, where the source names its parts.
+
+    What is not named ``val`` beside something that is, is the training part: images of both must
+    never meet in one.
+    """
+    if not any(unit.split for unit in units):
+        return units
+    units = [replace(unit, split=unit.split or "train") for unit in units]
+    if options.val_fraction or options.val_per_class or options.val_first_per_class:
+        if any(unit.split == "val" for unit in units):
+            raise UserError(
+                "the source brings its own validation part: leave that archive or folder out of"
+                " --source, or the --val-... option"
+            )
+        return units
+    wanted = ("train", "val") if options.split == "both" else (options.split or "train",)
+    for part in wanted:
+        if not any(unit.split == part for unit in units):
+            raise UserError(f"the sources hold no {part} part")
+    return [unit for unit in units if unit.split in wanted]
 
 
 def _images(folder: Path) -> Iterator[Path]:

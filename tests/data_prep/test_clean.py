@@ -169,7 +169,8 @@ def test_bit_flips_are_judged_as_a_full_decode_judges_them():
         except ValueError:
             full = False
         try:
-            reduced = "corrupt" not in clean(data, Rules(min_side=1)).repairs
+            clean(data, Rules(min_side=1, perceptual=trial % 2 == 0))
+            reduced = True
         except Refused as refusal:
             reduced = False
             # the size and coding checks look at the header alone
@@ -236,12 +237,12 @@ def photographs():
 
 
 def test_perceptual_hash_survives_resizing_and_tells_pictures_apart():
-    hashes = []
+    rules, hashes = Rules(perceptual=True), []
     for photo in photographs():
-        here = clean(encoded(photo, quality=95), RULES).phash
+        here = clean(encoded(photo, quality=95), rules).phash
         small = photo.resize((224, 168))
         for copy in (encoded(small, quality=60), encoded(small, "PNG")):
-            assert (here ^ clean(copy, RULES).phash).bit_count() <= 3
+            assert (here ^ clean(copy, rules).phash).bit_count() <= 3
         hashes.append(here)
     for place, one in enumerate(hashes):
         assert all((one ^ other).bit_count() > 6 for other in hashes[:place])

@@ -83,6 +83,27 @@ def test_val_alone_with_any_form_of_labels(labels, raw, tmp_path, run):
     assert manifest(tmp_path / "v")["split"] == "val"
 
 
+@pytest.mark.parametrize("split", ["", "train", "val"])
+def test_one_part_of_a_directory_that_holds_both(split, raw, tmp_path, run):
+    words = ("build", "--dataset", "imagenet1k", "--source", raw, "--workers", 1)
+    chosen = ("--split", split) if split else ()
+    assert run(*words, *chosen, "--out", tmp_path / "o") == 0
+    found = samples(tmp_path / "o")
+    if split == "val":
+        assert set(found) == expected_val()
+    else:
+        assert len(found) == 15 and not set(found) & expected_val()
+    assert manifest(tmp_path / "o")["split"] == (split or "train")
+    assert manifest(tmp_path / "o")["classes"] == WNIDS
+
+
+def test_a_second_validation_rule_is_refused(raw, tmp_path, run, capsys):
+    words = ("build", "--dataset", "imagenet1k", "--source", raw, "--workers", 1)
+    extra = ("--split", "both", "--val-fraction", 0.1, "--out", tmp_path / "o")
+    assert run(*words, *extra) == 1
+    assert "own validation part" in capsys.readouterr().err
+
+
 def test_val_without_labels_says_what_is_missing(raw, tmp_path, run, capsys):
     source = raw / "ILSVRC2012_img_val.tar"
     words = ("build", "--dataset", "imagenet1k", "--source", source, "--workers", 1)
