@@ -35,7 +35,8 @@ def train(config: TrainConfig) -> int:
     """
     with open_run(config) as run:
         if run is None:
-            print(f"{config.run.dir} is finished already", flush=True)
+            if distributed.from_environment().main:
+                print(f"{config.run.dir} is finished already", flush=True)
             return 0
         try:
             status = _loop(run)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def launch(path, *overrides):
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    command += ["--master_port", str(free_port()), "--module", "pretrain", "train"]
+    command += ["--master_port", str(free_port()), "launch/pretrain.sh"]
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
