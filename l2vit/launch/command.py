@@ -58,7 +58,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--preflight", action="store_true", help="check the cluster with these ranks; no training")
     group = parser.add_argument_group("several nodes", "given to deepspeed as they are")
     for name in _TO_DEEPSPEED:
-        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, metavar="X")
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        group.add_argument(*spellings, dest=name, metavar="X")
     group.add_argument(
         "--no_ssh", "--no-ssh", action="store_true", help="each node runs this command itself"
     )
