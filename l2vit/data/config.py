@@ -49,17 +49,33 @@ class DataConfig:
     max_bad_samples: int = 100
     """Unreadable samples replaced by good ones before the run stops."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
+    stream: str = ""
+    """Read training shards front to back from here (host backend), {shard} standing for a name:
+    ``s3://bucket/train/{shard}``, ``https://…``, ``pipe:…``. ``train`` then needs to hold only
+    manifest.json. Weaker guarantees: docs/augmentation.md."""
+    stream_buffer: int = 1000
+    """Samples each worker picks from at random when streaming."""
 
     def validate(self) -> None:
-        for name in ("input_size", "prefetch", "chunk"):
+        for name in ("input_size", "prefetch", "chunk", "stream_buffer"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
         if not 0 <= self.hw_decoder_load <= 1:
             raise ConfigError(f"hw_decoder_load: {self.hw_decoder_load} is not in [0, 1]")
         if self.max_bad_samples < 0:
             raise ConfigError(f"max_bad_samples: {self.max_bad_samples} must not be negative")
+        if self.stream:
+            self._validate_stream()
         if self.threads < 0 or (self.threads == 0 and self.backend == "dali"):
             raise ConfigError(f"threads: {self.threads} is too few for backend {self.backend}")
+
+    def _validate_stream(self) -> None:
+        if "{shard}" not in self.stream:
+            raise ConfigError(f"stream: {self.stream} must hold {{shard}}, the place of the name")
+        if self.backend != "host":
+            raise ConfigError("stream: only backend host streams")
+        if self.subset != SubsetConfig():
+            raise ConfigError("stream: a subset needs indexed shards")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from l2vit.data.bad_samples import Fetched, fetch
 from l2vit.data.config import AugmentConfig
 from l2vit.data.draws import Drawer, fill_colour
 from l2vit.data.pixel_ops import apply_ops
-from l2vit.data.plan import EvalPlan, TrainPlan
+from l2vit.data.plan import EvalPlan, TrainPlan, Work
 from l2vit.data.raw import Erasing, RawBatch
 from l2vit.data.shards import ShardReader
 
@@ -53,31 +53,42 @@ class HostTrainSet(torch.utils.data.Dataset[RawBatch]):
     def __getitem__(self, number: int) -> RawBatch:
         work = self.plan.work(number)
         fetched = _decoded(self.reader, work.ids, self.plan.order.following, self.limit)
-        pictures = fetched.payloads
-        drawn = self.drawer.draw(work.epoch, work.ids[: len(pictures)])
-        sizes = np.array([picture.shape[:2] for picture in pictures]).reshape(-1, 2)
-        boxes = self.drawer.boxes(drawn, sizes)
-        fill, interpolation = fill_colour(self.augment), self.augment.interpolation
-        pixels = np.empty((len(pictures), self.input_size, self.input_size, 3), np.uint8)
-        for i, picture in enumerate(pictures):
-            picture = host_ops.crop_resize(picture, boxes[i], self.input_size, interpolation)
-            pixels[i] = picture[:, ::-1] if drawn.flip[i] else picture
-        batch = apply_ops(
-            torch.from_numpy(pixels),
-            drawn.ops,
-            drawn.arguments,
-            fill=fill,
-            interpolation=interpolation,
-        )
-        return RawBatch(
-            work,
-            batch,
-            fetched.ids,
-            fetched.labels,
-            Erasing.draw(drawn.erase, drawn.noise_keys),
-            fetched.bad,
-            fetched.complete,
-        )
+        return carry_out(work, fetched, work.ids, self.drawer, self.augment, self.input_size)
+
+
+def carry_out(
+    work: Work,
+    fetched: Fetched[np.ndarray],
+    drawn_for: np.ndarray,
+    drawer: Drawer,
+    augment: AugmentConfig,
+    input_size: int,
+) -> RawBatch:
+    """Crop, resize, flip and change decoded pictures as drawn for the samples ``drawn_for``."""
+    pictures = fetched.payloads
+    drawn = drawer.draw(work.epoch, drawn_for[: len(pictures)])
+    sizes = np.array([picture.shape[:2] for picture in pictures]).reshape(-1, 2)
+    boxes = drawer.boxes(drawn, sizes)
+    pixels = np.empty((len(pictures), input_size, input_size, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        picture = host_ops.crop_resize(picture, boxes[i], input_size, augment.interpolation)
+        pixels[i] = picture[:, ::-1] if drawn.flip[i] else picture
+    batch = apply_ops(
+        torch.from_numpy(pixels),
+        drawn.ops,
+        drawn.arguments,
+        fill=fill_colour(augment),
+        interpolation=augment.interpolation,
+    )
+    return RawBatch(
+        work,
+        batch,
+        fetched.ids,
+        fetched.labels,
+        Erasing.draw(drawn.erase, drawn.noise_keys),
+        fetched.bad,
+        fetched.complete,
+    )
 
 
 class HostEvalSet(torch.utils.data.Dataset[RawBatch]):
@@ -129,7 +140,9 @@ def host_batches(
         pin: put them in page-locked memory (for a GPU).
         count: how many; None for without end.
     """
-    numbers: Iterable[int] = itertools.count() if count is None else range(count)
+    numbers: Iterable[int] | None = itertools.count() if count is None else range(count)
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        numbers = None  # it counts by itself
     context = None
     if workers:
         # Not forked from this process: it has threads (DALI, gloo, NCCL) whose locks a fork would

@@ -24,6 +24,7 @@ from l2vit.data.plan import EvalPlan, TrainPlan
 from l2vit.data.raw import Finisher, RawBatch
 from l2vit.data.shards import ShardReader
 from l2vit.data.subset import subset_ids
+from l2vit.errors import ConfigError
 
 
 def train_loader(
@@ -76,7 +77,11 @@ def train_loader(
     reader = ShardReader(directory, manifest)
     log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples)
     if data.backend == "host":
-        dataset = HostTrainSet(reader, plan, augment, drawer, data.input_size, log.limit)
+        dataset: torch.utils.data.Dataset[RawBatch]
+        if data.stream:
+            dataset = _stream_set(data, augment, manifest, plan, drawer, seed)
+        else:
+            dataset = HostTrainSet(reader, plan, augment, drawer, data.input_size, log.limit)
         raw = host_batches(
             dataset,
             workers=data.threads,
@@ -89,6 +94,26 @@ def train_loader(
         raw = _augmented(batches, augment)
     finish = Finisher(mean=augment.mean, std=augment.std, device=device)
     return TrainLoader(raw, finish, log, order=order, ahead=_ahead(data, device), device=device)
+
+
+def _stream_set(
+    data: DataConfig,
+    augment: AugmentConfig,
+    manifest: Manifest,
+    plan: TrainPlan,
+    drawer: Drawer,
+    seed: int,
+) -> torch.utils.data.Dataset[RawBatch]:
+    from l2vit.data.stream import StreamTrainSet
+
+    readers = plan.share.world * max(1, data.threads)
+    if readers > len(manifest.shards):
+        raise ConfigError(
+            f"data.stream: {len(manifest.shards)} shards are too few for {readers} readers"
+            f" ({plan.share.world} ranks × {max(1, data.threads)} workers)"
+        )
+    size, held = data.input_size, data.stream_buffer
+    return StreamTrainSet(data.stream, manifest, plan, augment, drawer, size, seed, held)
 
 
 def _ahead(data: DataConfig, device: torch.device) -> int:

@@ -72,7 +72,7 @@ def _words(key: int, streams: np.ndarray, count: int) -> np.ndarray:
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
     counter[..., 2] = stream & _LOW
     counter[..., 3] = stream >> _HALF
-    return philox4x32(counter, key).reshape(stream.shape[0], -1)[:, :count]
+    return philox4x32(counter, key).reshape(stream.shape[0], 4 * blocks)[:, :count]
 
 
 def permutation(key: int, count: int) -> np.ndarray:

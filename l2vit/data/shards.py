@@ -29,7 +29,7 @@ _RUN_AHEAD = 16
 """Neighbours asked for with a sample: a lane reads them next."""
 JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _WEBP_START = b"RIFF"
-_IMAGES = (b"jpg", b"webp")
+IMAGE_EXTENSIONS = (b"jpg", b"webp")
 """Extensions of image members."""
 
 
@@ -150,7 +150,9 @@ class ShardReader:
                 handle = self._shard(shard)
                 for number in range(int(self._firsts[shard + 1]) - first):
                     at, size, _ = handle.members(number)[b"cls"]
-                    found[first + number] = self._label(os.pread(handle.descriptor, size, at))
+                    found[first + number] = parse_label(
+                        os.pread(handle.descriptor, size, at), self._classes
+                    )
             except (BadSample, OSError, KeyError) as error:
                 raise UserError(f"cannot read the labels of {path}: {error}") from None
         return found
@@ -179,7 +181,7 @@ class ShardReader:
         handle = self._shard(shard)
         members = handle.members(number)
         try:
-            extension = next(name for name in _IMAGES if name in members)
+            extension = next(name for name in IMAGE_EXTENSIONS if name in members)
             image_at, size, _ = members[extension]
             label_at, label_size, _ = members[b"cls"]
         except (KeyError, StopIteration):
@@ -195,21 +197,13 @@ class ShardReader:
             self._check_sum(handle.checksums, number, image, text)
         else:
             check_frame(image)
-        return Sample(sample_id, image, self._label(text))
+        return Sample(sample_id, image, parse_label(text, self._classes))
 
     def _check_sum(self, sums: np.ndarray, number: int, image: bytes, label: bytes) -> None:
         if number >= len(sums):
             raise BadSample("the checksum file is shorter than the index")
         if checksum(image, label) != int(sums[number]):
             raise BadSample("checksum differs from the one recorded")
-
-    def _label(self, text: bytes) -> int:
-        if len(text) != LABEL_WIDTH or not text.isdigit():
-            raise BadSample(f"label {text[:16]!r} is not {LABEL_WIDTH} digits")
-        label = int(text)
-        if label >= self._classes:
-            raise BadSample(f"label {label} is not one of {self._classes} classes")
-        return label
 
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():
@@ -225,6 +219,20 @@ class ShardReader:
             while len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return handle
+
+
+def parse_label(text: bytes, classes: int) -> int:
+    """The label in a ``.cls`` member.
+
+    Raises:
+        BadSample: not in the fixed form, or not one of ``classes``.
+    """
+    if len(text) != LABEL_WIDTH or not text.isdigit():
+        raise BadSample(f"label {text[:16]!r} is not {LABEL_WIDTH} digits")
+    label = int(text)
+    if label >= classes:
+        raise BadSample(f"label {label} is not one of {classes} classes")
+    return label
 
 
 def checksum(image: bytes, label: bytes) -> int:

@@ -1,0 +1,155 @@
+"""Streaming shards from object stores and pipes, front to back, for when no file can be opened.
+
+Weaker than the indexed loaders, by the nature of a stream:
+
+- every sample at most once an epoch, not exactly once; which one comes when depends on the numbers
+  of ranks and workers and is mixed through a buffer only;
+- a resumed run starts on freshly shuffled shards instead of seeking;
+- a shard that breaks off is left there, and counts as one bad sample;
+- the host backend only.
+
+What is done to a sample is the same as everywhere: drawn by (seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from webdataset.gopen import gopen
+
+from l2vit.data import host_ops
+from l2vit.data.bad_samples import BadRecord, Fetched
+from l2vit.data.config import AugmentConfig
+from l2vit.data.draws import Drawer
+from l2vit.data.host_loader import carry_out
+from l2vit.data.manifest import Manifest
+from l2vit.data.philox import derive_key, permutation, uniforms
+from l2vit.data.plan import TrainPlan, Work
+from l2vit.data.raw import RawBatch
+from l2vit.data.shards import IMAGE_EXTENSIONS, BadSample, Sample, parse_label
+
+_SHELL = {"s3": "aws s3 cp {url} -"}
+"""Schemes webdataset does not open by itself."""
+
+
+@dataclass
+class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
+    """Training micro-batches out of streamed shards; what a worker process iterates.
+
+    The batch's places are those of the plan; the samples at them are what the stream brings.
+    """
+
+    url: str
+    """Where a shard is: an address or ``pipe:`` command in which {shard} stands for its name."""
+    manifest: Manifest
+    plan: TrainPlan
+    augment: AugmentConfig
+    drawer: Drawer
+    input_size: int
+    seed: int
+    buffer: int
+    """Encoded samples a worker draws from at random."""
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        share = self.plan.share
+        bad: list[BadRecord] = []
+        items = self._decoded(share.rank * workers + worker, share.world * workers, bad)
+        number = worker
+        while True:
+            work = self.plan.work(number)
+            chosen = list(itertools.islice(items, len(work.ids)))
+            yield self._batch(work, chosen, bad)
+            if len(chosen) < len(work.ids):
+                return  # nothing comes: the batch says so
+            bad.clear()
+            number += workers  # the data loader takes workers in turn
+
+    def _batch(
+        self, work: Work, items: list[tuple[Sample, np.ndarray]], bad: list[BadRecord]
+    ) -> RawBatch:
+        found = Fetched(
+            np.array([sample.id for sample, _ in items], np.int64),
+            np.array([sample.label for sample, _ in items], np.int64),
+            [picture for _, picture in items],
+            list(bad),
+            complete=len(items) == len(work.ids),
+        )
+        return carry_out(work, found, found.ids, self.drawer, self.augment, self.input_size)
+
+    def _decoded(
+        self, reader: int, readers: int, bad: list[BadRecord]
+    ) -> Iterator[tuple[Sample, np.ndarray]]:
+        for sample, key, shard in self._mixed(reader, readers, bad):
+            try:
+                yield sample, host_ops.decode(sample.image)
+            except BadSample as error:
+                bad.append(BadRecord(sample.id, key, shard, str(error)))
+
+    def _mixed(
+        self, reader: int, readers: int, bad: list[BadRecord]
+    ) -> Iterator[tuple[Sample, str, str]]:
+        """Samples (with key and shard) as they leave a shuffle buffer."""
+        random = derive_key("stream", self.seed, self.plan.images_seen, reader)
+        held: list[tuple[Sample, str, str]] = []
+        for count, item in enumerate(self._samples(reader, readers, bad)):
+            if len(held) < self.buffer:
+                held.append(item)
+                continue
+            at = int(uniforms(random, np.array([count]), 1)[0, 0] * len(held))
+            held[at], item = item, held[at]
+            yield item
+
+    def _samples(
+        self, reader: int, readers: int, bad: list[BadRecord]
+    ) -> Iterator[tuple[Sample, str, str]]:
+        """This reader's samples, pass after pass over shards shuffled anew; ends if none come."""
+        shards, firsts = self.manifest.shards, self.manifest.first_ids
+        for turn in itertools.count():
+            key = derive_key("stream shards", self.seed, self.plan.images_seen, turn)
+            found = False
+            for shard in permutation(key, len(shards))[reader::readers].tolist():
+                for item in self._shard(shards[shard].name, int(firsts[shard]), bad):
+                    found = True
+                    yield item
+            if not found:
+                return
+
+    def _shard(
+        self, name: str, first: int, bad: list[BadRecord]
+    ) -> Iterator[tuple[Sample, str, str]]:
+        classes, sample_id, image = len(self.manifest.classes), first - 1, b""
+        try:
+            with (
+                gopen(address(self.url, name), "rb") as stream,
+                tarfile.open(fileobj=stream, mode="r|") as tar,
+            ):
+                for member in tar:
+                    key, _, extension = member.name.rpartition(".")
+                    content = tar.extractfile(member)
+                    data = content.read() if content else b""
+                    if extension.encode() in IMAGE_EXTENSIONS:
+                        sample_id, image = sample_id + 1, data
+                        continue
+                    try:
+                        yield Sample(sample_id, image, parse_label(data, classes)), key, name
+                    except BadSample as error:
+                        bad.append(BadRecord(sample_id, key, name, str(error)))
+        except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+            bad.append(BadRecord(sample_id + 1, "?", name, f"the stream broke: {error}"))
+
+
+def address(url: str, shard: str) -> str:
+    """What webdataset is to open for ``shard``: {shard} in ``url`` replaced, s3:// as a pipe."""
+    whole = url.replace("{shard}", shard)
+    scheme = whole.partition("://")[0]
+    if scheme in _SHELL:
+        return "pipe:" + _SHELL[scheme].format(url=shlex.quote(whole))
+    return whole

@@ -1,0 +1,104 @@
+"""Streaming through a pipe: labels with their pictures, same augmentation, broken shards left."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from l2vit.config import from_tree
+from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.draws import Drawer
+from l2vit.data.loaders import train_loader
+from l2vit.data.stream import address
+from l2vit.errors import ConfigError, UserError
+
+
+def make(shards, *, rank=0, world=1, threads=0, seen=0, limit=10, log=None, **options):
+    settings = {
+        "train": str(shards.directory / "absent"),
+        "stream": f"pipe:cat {shards.directory}/{{shard}}",
+        "stream_buffer": 5,
+        **options,
+    }
+    return train_loader(
+        DataConfig(
+            backend="host", input_size=32, threads=threads, max_bad_samples=limit, **settings
+        ),
+        AugmentConfig(auto_augment="", erase_prob=0.0),
+        manifest=shards.manifest,
+        seed=2,
+        rank=rank,
+        world=world,
+        micro_batch=4,
+        global_batch=4 * world,
+        device=torch.device("cpu"),
+        images_seen=seen,
+        bad_samples_log=log,
+    )
+
+
+def test_samples_are_those_of_the_shards(shards):
+    """Without an index a sample still has its number, hence its label and its augmentation."""
+    from l2vit.data import host_ops
+
+    loader = make(shards)
+    batches = [next(loader) for _ in range(13)]
+    ids = np.concatenate([batch.sample_ids for batch in batches])
+    assert len(np.unique(ids)) == len(ids) == 52  # at most once in a pass (60, 5 in the buffer)
+    drawer = Drawer(AugmentConfig(auto_augment="", erase_prob=0.0), input_size=32, seed=2)
+    for batch in batches:
+        assert batch.labels.tolist() == [shards.labels[i] for i in batch.sample_ids]
+    first, picture = batches[0], host_ops.decode(shards.images[batches[0].sample_ids[0]])
+    drawn = drawer.draw(0, first.sample_ids[:1])
+    box = drawer.boxes(drawn, np.array([picture.shape[:2]]))[0]
+    expected = host_ops.crop_resize(picture, box, 32, "bicubic")
+    expected = expected[:, ::-1] if drawn.flip[0] else expected
+    mean, std = (torch.tensor(getattr(AugmentConfig(), name)) for name in ("mean", "std"))
+    found = (first.images[0].permute(1, 2, 0) * std + mean) * 255
+    np.testing.assert_array_equal(found.round().numpy(), expected)
+    np.testing.assert_array_equal(first.positions, np.arange(4))
+
+
+def test_ranks_read_disjoint_shards(shards):
+    ids = []
+    for rank in range(2):
+        loader = make(shards, rank=rank, world=2)
+        ids.append({int(i) for _ in range(4) for i in next(loader).sample_ids})
+    assert not ids[0] & ids[1]
+
+
+def test_a_broken_stream_is_left_and_recorded(make_shards, tmp_path):
+    shards = make_shards()
+    path = shards.directory / shards.manifest.shards[2].name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    log = tmp_path / "bad.jsonl"
+    loader = make(shards, log=log)
+    for _ in range(14):
+        batch = next(loader)
+        assert batch.labels.tolist() == [shards.labels[i] for i in batch.sample_ids]
+    (line,) = map(json.loads, log.read_text().splitlines())
+    assert line["shard"] == path.name and "the stream broke" in line["reason"]
+    for shard in shards.manifest.shards:
+        (shards.directory / shard.name).unlink()
+    with pytest.raises(UserError, match="the stream broke"):
+        next(make(shards))
+
+
+def test_settings_that_cannot_be_are_refused(shards):
+    with pytest.raises(ConfigError, match="5 shards are too few for 6 readers"):
+        make(shards, world=3, threads=2)
+    for wrong, what in [
+        ({"stream": "s3://x/{shard}"}, "only backend host"),
+        ({"stream": "s3://x", "backend": "host"}, "must hold {shard}"),
+        ({"stream": "{shard}", "backend": "host", "subset": {"fraction": 0.5}}, "subset"),
+    ]:
+        with pytest.raises(ConfigError, match=what):
+            from_tree(DataConfig, wrong)
+
+
+def test_addresses():
+    assert address("https://h/{shard}", "a.tar") == "https://h/a.tar"
+    assert address("s3://b/x y/{shard}", "a.tar") == "pipe:aws s3 cp 's3://b/x y/a.tar' -"
