@@ -84,7 +84,6 @@ def test_onnx_runs_in_onnxruntime(model, tmp_path):
 
 
 def test_use_in_timm():
-    import l2vit  # noqa: F401
 
     model = timm.create_model("l2vit_mini", features_only=True, out_indices=(1, 2, 3))
     maps = model(torch.randn(1, 3, 128, 96))

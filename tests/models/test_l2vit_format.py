@@ -41,7 +41,7 @@ def test_weights_arrive(tmp_path, paper):
 
 
 def test_timm_loads_the_file_itself(tmp_path, paper):
-    path = released(tmp_path / "l2vit.pth", **{"state_dict": paper.float().state_dict()})
+    path = released(tmp_path / "l2vit.pth", state_dict=paper.float().state_dict())
     overlay = {"file": str(path), "num_classes": 7}
     model = timm.create_model(
         "l2vit_mini", pretrained=True, pretrained_cfg_overlay=overlay, window_size=12

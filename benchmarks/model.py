@@ -1,0 +1,263 @@
+"""L²ViT against its peers: time, memory and growth, measured side by side in one process.
+
+    OMP_NUM_THREADS=2 python benchmarks/model.py --out benchmarks/results/model.json
+    python benchmarks/model.py --parts time growth --precisions fp32 --rounds 7
+    python benchmarks/model.py --device cuda --batch 256        # compiled, with MFU
+
+Every round runs each model once, in turn, so that a slow moment of the machine hits all alike; the
+figures are medians over the rounds, the ratios those of the medians. Writes a JSON file and, beside
+it, a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from transcription import PaperL2ViT
+
+import l2vit
+from l2vit.files import write_json
+from l2vit.models.count import count_macs
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TINY = ("l2vit_tiny", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "transcription")
+OURS, PEER = TINY[:2]
+H100_BF16 = 989e12  # dense bf16 operations per second of H100 SXM and H200, from NVIDIA's sheet
+
+
+def build(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """A registered model, or the transcription of L²ViT-T, in the given precision."""
+    torch.manual_seed(0)
+    model = PaperL2ViT(96, (2, 2, 6, 2)) if name == "transcription" else timm.create_model(name)
+    return model.to(device, dtype)
+
+
+def forward(model: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        model(images)
+
+
+def step(model: nn.Module, images: Tensor) -> None:
+    """Forward and backward of one batch."""
+    model.zero_grad(set_to_none=True)
+    model(images).float().square().mean().backward()
+
+
+def timed(run: Callable[[], None], device: str) -> float:
+    """Seconds of one call, the device's queue drained before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(runs: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each run, interleaved; one unmeasured round first."""
+    samples: dict[str, list[float]] = defaultdict(list)
+    for index in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = timed(run, device)
+            if index:
+                samples[name].append(seconds)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def measure_time(options: argparse.Namespace) -> dict[str, Any]:
+    """Forward and forward+backward of every model, and ratios to ``swin_tiny``."""
+    result: dict[str, Any] = {}
+    for precision in options.precisions:
+        dtype = PRECISIONS[precision]
+        models = {name: build(name, options.device, dtype) for name in options.models}
+        images = torch.randn(options.batch, 3, 224, 224, device=options.device, dtype=dtype)
+        for mode, call in (("forward", forward), ("forward+backward", step)):
+            for model in models.values():
+                model.train(mode != "forward")
+            runs = {name: partial(call, model, images) for name, model in models.items()}
+            seconds = medians(runs, options.rounds, options.device)
+            base = seconds.get(PEER)
+            ratios = {n: s / base for n, s in seconds.items()} if base else {}
+            result[f"{precision} {mode}"] = {"seconds": seconds, "ratio_to_swin_tiny": ratios}
+            print(
+                f"{precision} {mode}:",
+                *(f"{n} {s * 1e3:.0f} ms" for n, s in seconds.items()),
+                flush=True,
+            )
+    return result
+
+
+def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Forward time of one image at 224 and at 896 pixels: 16 times the tokens."""
+    result = {}
+    for precision in options.precisions:
+        dtype = PRECISIONS[precision]
+        model = build(OURS, options.device, dtype).eval()
+        runs = {}
+        for size in (224, 896):
+            images = torch.randn(1, 3, size, size, device=options.device, dtype=dtype)
+            runs[str(size)] = partial(forward, model, images)
+        seconds = medians(runs, options.rounds, options.device)
+        growth = seconds["896"] / seconds["224"]
+        result[precision] = {"seconds": seconds, "growth": growth}
+        print(f"{precision} 224 -> 896: {growth:.2f} times")
+    return result
+
+
+_CHILD = """
+import resource, sys
+sys.path.insert(0, {here!r})
+from model import *
+torch.set_num_threads({threads})
+model = build({name!r}, "cpu", torch.float32).train()
+if {checkpointing}:
+    model.set_grad_checkpointing()
+images = torch.randn({batch}, 3, 224, 224)
+step(model, images[:1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(model, images)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes a training step adds to the process's peak, each in a process of its own."""
+    cases = {PEER: (PEER, False), OURS: (OURS, False), f"{OURS}, checkpointing": (OURS, True)}
+    peak = {}
+    for label, (name, checkpointing) in cases.items():
+        if options.device == "cuda":
+            model = build(name, "cuda", torch.float32).train()
+            if checkpointing:
+                model.set_grad_checkpointing()  # type: ignore[operator]
+            images = torch.randn(options.batch, 3, 224, 224, device="cuda")
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(model, images)
+            peak[label] = torch.cuda.max_memory_allocated() - before
+            continue
+        code = _CHILD.format(
+            here=str(Path(__file__).parent),
+            name=name,
+            checkpointing=checkpointing,
+            batch=options.batch,
+            threads=torch.get_num_threads(),
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        peak[label] = int(done.stdout.split()[-1]) * 1024
+    ratios = {label: value / peak[PEER] for label, value in peak.items()}
+    print("memory of a step:", *(f"{n} {v / 2**20:.0f} MiB" for n, v in peak.items()))
+    return {"bytes": peak, "ratio_to_swin_tiny": ratios}
+
+
+def measure_gpu(options: argparse.Namespace) -> dict[str, Any]:
+    """Compiled bf16 training steps of L²ViT-B and swin_base: images/s and FLOP utilisation.
+
+    The operations are those of the model (6 times the forward multiply-adds), whatever the kernels
+    do; the peak is ``--peak``.
+    """
+    names = ("l2vit_base", "swin_base_patch4_window7_224")
+    runs, macs = {}, {}
+    for name in names:
+        macs[name] = count_macs(timm.create_model(name))
+        model = build(name, "cuda", torch.bfloat16).train()
+        model = model.to(memory_format=torch.channels_last)
+        images = torch.randn(options.batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+        compiled = torch.compile(model)
+        for _ in range(3):
+            step(compiled, images)
+        runs[name] = partial(step, compiled, images)
+    seconds = medians(runs, options.rounds, "cuda")
+    rate = {name: options.batch / value for name, value in seconds.items()}
+    mfu = {name: 6 * macs[name] * rate[name] / options.peak for name in names}
+    print("gpu:", *(f"{n} {r:.0f} images/s, MFU {mfu[n]:.1%}" for n, r in rate.items()))
+    ratio = rate[names[0]] / rate[names[1]]
+    return {"images_per_second": rate, "mfu": mfu, "ratio": ratio, "batch": options.batch}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of the measured times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = result.get("time", {})
+    if not cases:
+        return
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(3.2 * len(cases), 3.4), squeeze=False)
+    for axis, (case, found) in zip(axes[0], cases.items(), strict=True):
+        names = [name.split("_patch")[0] for name in found["seconds"]]
+        colours = ["#2f6db5" if name.startswith("l2vit") else "#b9bec6" for name in names]
+        bars = axis.bar(names, [1e3 * s for s in found["seconds"].values()], color=colours)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        axis.set_title(f"{case}, ms", fontsize=10)
+        axis.tick_params(axis="x", rotation=30, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+PARTS = {"time": measure_time, "growth": measure_growth, "memory": measure_memory}
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "cpu": named[0] if named else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "batch": options.batch,
+        "rounds": options.rounds,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "l2vit": l2vit.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "gpu"], default=None)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"]
+    )
+    parser.add_argument("--models", nargs="+", default=list(TINY), help="timm names")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0: as PyTorch chooses")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--peak", type=float, default=H100_BF16, help="bf16 operations per second")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    parts = options.parts or (["gpu", "growth"] if options.device == "cuda" else list(PARTS))
+    result: dict[str, Any] = {"machine": machine(options)}
+    for part in parts:
+        result[part] = (PARTS | {"gpu": measure_gpu})[part](options)
+        gc.collect()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, result)
+    draw(result, options.out.with_suffix(".png"))
+    print(json.dumps(result["machine"]), f"-> {options.out}")
+
+
+if __name__ == "__main__":
+    main()
