@@ -1,6 +1,8 @@
 """Compilers, exporters and the libraries that take backbones."""
 
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,45 +82,18 @@ def test_onnx_runs_in_onnxruntime(model, tmp_path):
             np.testing.assert_allclose(got, model(images).numpy(), rtol=1e-3, atol=1e-4)
 
 
-# The three uses that docs/models.md shows, line for line.
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-def test_use_in_timm():
-
-    model = timm.create_model("l2vit_mini", features_only=True, out_indices=(1, 2, 3))
-    maps = model(torch.randn(1, 3, 128, 96))
-    assert [m.shape[1:] for m in maps] == [(64, 16, 12), (128, 8, 6), (256, 4, 3)]
-
-
-def test_use_in_torchvision_detection():
-    from torchvision.models.detection import FasterRCNN
-    from torchvision.ops import FeaturePyramidNetwork
-
-    class Backbone(torch.nn.Module):
-        out_channels = 256
-
-        def __init__(self):
-            super().__init__()
-            self.body = timm.create_model("l2vit_mini", features_only=True)
-            self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), 256)
-
-        def forward(self, x):
-            return self.fpn({str(i): f for i, f in enumerate(self.body(x))})
-
-    detector = FasterRCNN(Backbone(), num_classes=3, min_size=128, max_size=200,
-                          rpn_anchor_generator=anchors()).eval()  # fmt: skip
-    with torch.no_grad():
-        (found,) = detector([torch.rand(3, 120, 170)])
-    assert set(found) == {"boxes", "labels", "scores"}
-
-
-def anchors():
-    from torchvision.models.detection.rpn import AnchorGenerator
-
-    return AnchorGenerator(((32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 4)
-
-
-def test_use_in_segmentation_models():
-    smp = pytest.importorskip("segmentation_models_pytorch")
-    model = smp.FPN("tu-l2vit_mini", encoder_weights=None, classes=4)
-    assert model(torch.randn(2, 3, 128, 96)).shape == (2, 4, 128, 96)
+def test_the_lines_of_the_page_run():
+    """The uses in timm, torchvision and segmentation_models_pytorch, as docs/models.md has them."""
+    section = PAGE.read_text().partition("### In other libraries")[2].partition("### How")[0]
+    blocks = [part.partition("```")[0] for part in section.split("```python")[1:]]
+    assert len(blocks) == 4
+    names = {}
+    for block in blocks:
+        if "segmentation_models" in block and not find_spec("segmentation_models_pytorch"):
+            pytest.skip("segmentation_models_pytorch is not installed; the other uses ran")
+        assert len(block.strip().splitlines()) <= 10
+        exec(block, names)
+    assert names["boxes"].shape[1] == 4
