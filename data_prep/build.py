@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -88,7 +89,19 @@ def _list(
     if not units:
         raise UserError(f"none of the {len(found)} classes found is in the class list {release}")
     save_units(units, found, workspace)
+    _note_space(options, sum(unit.size for unit in units) * (2 if options.gather else 1))
     return units, found, release, classes
+
+
+def _note_space(options: Options, needed: int) -> None:
+    """Say at once, not after hours, that the disk will not do."""
+    free = shutil.disk_usage(options.out).free
+    if free < needed:
+        print(
+            f"note: about {needed / 1e9:,.1f} GB will be written, {free / 1e9:,.1f} GB are free in"
+            f" {options.out}",
+            flush=True,
+        )
 
 
 def split_directories(options: Options) -> dict[str, Path]:
