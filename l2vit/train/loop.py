@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,7 @@ def _forward_backward(run: Run) -> torch.Tensor:
         with clock("data"):
             batch = _next_batch(run)
             images, targets = run.mixer(batch, mix=run.state.step < run.mix_until)
+        run.metrics.first_pictures(run.state.step, functools.partial(_pictures, run, images))
         run.seed_step(micro_step)
         with clock("forward"), run.denominators.watch() if watching else contextlib.nullcontext():
             logits = run.engine.forward(images)
@@ -108,6 +111,14 @@ def _forward_backward(run: Run) -> torch.Tensor:
         if micro_step < split.accumulation - 1:
             run.engine.micro_step()
     return torch.stack([micro.loss for micro in run.micro]).mean()
+
+
+def _pictures(run: Run, images: torch.Tensor) -> Any:
+    """The first pictures of the micro-batch, mixed, as one (H, W, 3) array of bytes."""
+    from l2vit.data.preview import contact_sheet, to_bytes
+
+    augment = run.config.augment
+    return contact_sheet(to_bytes(images[:32], augment.mean, augment.std))
 
 
 def _next_batch(run: Run) -> Batch:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,6 +38,7 @@ class Metrics:
         self._stream: TextIO | None = None
         self._board: Any = None
         self._live = False
+        self._pictured = False
         if not main:
             return
         truncate(self.path, resumed_step)
@@ -76,6 +77,12 @@ class Metrics:
             bucket_counts=list(counts),
             global_step=step,
         )
+
+    def first_pictures(self, step: int, make: Callable[[], Any]) -> None:
+        """Show TensorBoard what the model sees, once: ``make`` gives an (H, W, 3) uint8 picture."""
+        if self._board is not None and not self._pictured:
+            self._pictured = True
+            self._board.add_image("train/pictures", make(), step, dataformats="HWC")
 
     def rewind(self, step: int) -> None:
         """Take out the records after ``step``: the run goes back to it."""
