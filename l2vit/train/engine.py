@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from l2vit.errors import ConfigError
 from l2vit.train import fragments
 from l2vit.train.batching import Split
 from l2vit.train.config import TrainConfig
@@ -320,6 +321,11 @@ def _initialize(
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if config.engine.precision == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"engine.precision: DeepSpeed has no fp16 on {world.device.type}; use bf16 or fp32"
+        )
     if world.device.type == "cpu":
         # Else it compiles, for a minute, a shared-memory operator that training does not use.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
