@@ -134,6 +134,8 @@ class BadSampleLog:
             # one write in append mode: lines of several ranks do not mix
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
+                if self._path.read_bytes()[-1:] not in (b"", b"\n"):
+                    lines = "\n" + lines  # a crash cut the last line off
                 os.write(descriptor, lines.encode())
             finally:
                 os.close(descriptor)

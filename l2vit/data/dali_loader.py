@@ -182,6 +182,10 @@ class DaliBatches:
         (pictures,) = self._pipeline.run()
         feed = self._under_way.popleft()
         pixels = torch.from_dlpack(pictures.as_tensor())
+        if pixels.is_cuda:
+            # DALI takes its memory back on a stream of its own, which waits for none of torch's
+            pixels = pixels.clone()
+            torch.cuda.current_stream(pixels.device).synchronize()
         return feed, pixels[: len(feed.images)]
 
     def _source(self) -> tuple[Any, ...]:

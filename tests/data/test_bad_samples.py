@@ -168,3 +168,4 @@ def test_the_limit_counts_each_sample_once_over_all_ranks(tmp_path):
         stream.write('{"sample_id": 9')  # cut off by a crash
     with pytest.raises(UserError, match="5 unusable samples"):
         BadSampleLog(path, rank=0, limit=3).record(bad[4:])
+    assert json.loads(path.read_text().splitlines()[-1])["sample_id"] == 4
