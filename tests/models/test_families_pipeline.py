@@ -52,7 +52,7 @@ def test_quickstart_of_a_family(name, shards, tmp_path):
     run(
         *("bash", "launch/pretrain.sh", "--config", "pretrain/configs/quickstart_pretrain.yaml"),
         *(f"run.dir={tmp_path / 'pretrain'}", *data, *short),
-        *("schedule.length=2 epochs", "schedule.warmup=1 epochs"),
+        *("schedule.length=4 epochs", "schedule.warmup=1 epochs"),
     )
     run(
         *("bash", "launch/finetune.sh", "--config", "finetune/configs/quickstart_finetune.yaml"),
