@@ -1,16 +1,11 @@
 """The simulation of many ranks, small: it runs, and it would notice a lost or doubled sample."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import scale
-
+from benchmarks import scale
 from l2vit.data.order import SampleOrder
 
 SMALL = ["--ranks", "32", "--samples", "100000", "--classes", "50", "--batch", "256"]

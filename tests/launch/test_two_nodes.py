@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -111,30 +112,50 @@ def logs(folder: Path) -> str:
     return "\n".join((folder / f"{node}.log").read_text() for node in (0, 1))
 
 
-def test_a_cut_wire_ends_the_run_and_the_next_launch_continues(hosts, tmp_path):
+def saved(run: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return sorted(int(p.parent.name[5:]) for p in run.glob("checkpoints/step-*/checkpoint.json"))
+
+
+def wait_for_step(run: Path, step: int, nodes, folder: Path):
+    while max(saved(run), default=0) <= step:
+        assert all(node.poll() is None for node in nodes), logs(folder)
+        time.sleep(0.2)
+
+
+def test_cut_off_stopped_and_finished(hosts, tmp_path, request):
+    """A cut wire ends both hosts; a signal to one stops both; every launch continues."""
     shards, run = small_runs.build_shards(tmp_path, 80), tmp_path / "run"
     small = {"model__name": "l2vit_mini", "model__window_size": 4, "model__drop_path_rate": 0.0}
-    small |= {"data__input_size": 32, "eval__every": "1000 steps", "faults__hang_seconds": 6}
+    small |= {"data__input_size": 32, "eval__every": "100000 steps", "faults__hang_seconds": 12}
     config = ["--config", str(small_runs.settings(shards, run, **small))]
+    endless = [*config, "schedule.length=100000 steps"]
 
-    with launched(hosts, tmp_path, *config, "schedule.length=10000 steps") as nodes:
-        while not list(run.glob("checkpoints/step-*/checkpoint.json")):
-            assert all(node.poll() is None for node in nodes), logs(tmp_path)
-            time.sleep(0.2)
+    with launched(hosts, tmp_path, *endless) as nodes:
+        wait_for_step(run, 0, nodes, tmp_path)
         hosts.wire("down")
         # Nobody ends these but themselves.
         assert [node.wait() for node in nodes] == [1, 1], logs(tmp_path)
     hosts.wire("up")
-    told = logs(tmp_path)
-    assert "rank 1 made no progress for" in told and "does not answer" in told
+    assert "rank 1 made no progress for" in logs(tmp_path)
+    assert "does not answer" in logs(tmp_path)
     assert not (run / "DONE").exists()
-    steps = sorted(int(p.parent.name[5:]) for p in run.glob("checkpoints/step-*/checkpoint.json"))
+    cut = saved(run)[-1]
 
-    length = f"schedule.length={steps[-1] + 4} steps"
-    with launched(hosts, tmp_path, *config, length) as nodes:
+    with launched(hosts, tmp_path, *endless) as nodes:
+        wait_for_step(run, cut, nodes, tmp_path)
+        nodes[1].send_signal(signal.SIGTERM)
+        assert [node.wait() for node in nodes] == [75, 75], logs(tmp_path)
+    assert f"continuing from {run}/checkpoints/step-{cut:08d}" in logs(tmp_path)
+    stopped = saved(run)[-1]
+    assert f"stopped by a signal after saving step {stopped}" in logs(tmp_path)
+
+    if not request.config.getoption("--slow"):
+        return
+    with launched(hosts, tmp_path, *config, f"schedule.length={stopped + 4} steps") as nodes:
         assert [node.wait() for node in nodes] == [0, 0], logs(tmp_path)
-    assert f"continuing from {run}/checkpoints/step-{steps[-1]:08d}" in logs(tmp_path)
-    assert json.loads((run / "DONE").read_text())["step"] == steps[-1] + 4
+    assert f"continuing from {run}/checkpoints/step-{stopped:08d}" in logs(tmp_path)
+    assert json.loads((run / "DONE").read_text())["step"] == stopped + 4
 
 
 @pytest.mark.skipif("TWO_NODES_SSH" not in os.environ, reason="TWO_NODES_SSH names no hostfile")
