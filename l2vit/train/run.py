@@ -7,9 +7,7 @@ checkpoint, ``run.resume``, ``init.source``, scratch. So the same command always
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2vit import __version__, files
+from l2vit import files
 from l2vit.config import dump, to_tree
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError, UserError
@@ -34,6 +32,8 @@ from l2vit.train.engine import Engine
 from l2vit.train.evaluator import Evaluator
 from l2vit.train.faults import MicroBatch, StopSignal
 from l2vit.train.metrics import Metrics
+from l2vit.train.provenance import git_commit, versions
+from l2vit.train.resume import check_same_model, to_continue
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Schedule, interval_of, steps_of
 from l2vit.train.state import TrainState
@@ -221,7 +221,7 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
     began = time.monotonic()
     clock = PhaseClock()
     manifest = _load_manifest(config, world)
-    reader = _to_continue(config, world, directory, manifest)
+    reader = to_continue(config, world, directory, manifest)
     state = TrainState.from_dict(reader.meta.state) if reader else TrainState(seed=config.run.seed)
     split = batching.split(
         config.schedule.global_batch,
@@ -367,105 +367,6 @@ def _initialise(
     world.agree(problem)
 
 
-# -- what to continue
-
-
-def _to_continue(
-    config: TrainConfig, world: World, directory: Path, manifest: Manifest
-) -> Reader | None:
-    reader = newest_sound(directory, world)
-    if reader is None and config.run.resume:
-        reader = Reader(checkpoint.find(Path(config.run.resume)))
-        world.agree(_verified(reader, world))
-    if reader is not None:
-        _check_continuable(reader, config, manifest)
-    return reader
-
-
-def newest_sound(directory: Path, world: World) -> Reader | None:
-    """The run's newest checkpoint whose hashes fit; damaged ones are renamed and told of.
-
-    The ranks share the hashing among themselves.
-    """
-    while steps := world.broadcast(checkpoint.complete_steps(directory)):
-        path = checkpoint.step_directory(directory, steps[-1])
-        reader: Reader | None = None
-        try:
-            reader = Reader(path)
-            problem = _verified(reader, world)
-        except UserError as error:
-            problem = error
-        problems = [text for text in world.gather(str(problem or "")) if text]
-        if not problems:
-            return reader
-        if world.main:
-            aside = path.with_name(f"damaged-{path.name}-{int(time.time())}")
-            path.rename(aside)
-            before = f"step {steps[-2]}" if len(steps) > 1 else "the beginning"
-            print(
-                f"warning: {problems[0]}; kept as {aside.name}; continuing from {before}",
-                file=sys.stderr,
-                flush=True,
-            )
-        world.barrier()
-    return None
-
-
-def _verified(reader: Reader, world: World) -> UserError | None:
-    """What is wrong with this rank's share of the checkpoint's files."""
-    try:
-        reader.verify(world.rank, world.size)
-    except UserError as error:
-        return error
-    return None
-
-
-def _check_continuable(reader: Reader, config: TrainConfig, manifest: Manifest) -> None:
-    meta = reader.meta
-    if meta.class_hash != manifest.class_hash:
-        raise UserError(
-            f"{reader.directory} was trained on other classes than {config.data.train}; to start"
-            " from its weights set init.source instead, with a fresh run.dir"
-        )
-    if meta.manifest_hash != manifest.hash:
-        raise UserError(
-            f"{reader.directory} was trained on other data than {config.data.train}: its order of"
-            " samples cannot be continued; restore the data or start with a fresh run.dir"
-        )
-    for key, then, now in (
-        ("run.seed", meta.state.get("seed"), config.run.seed),
-        (
-            "schedule.global_batch",
-            meta.config["schedule"]["global_batch"],
-            config.schedule.global_batch,
-        ),
-    ):
-        if then != now:
-            raise ConfigError(
-                f"{key}: {reader.directory} was trained with {then}, the configuration says {now};"
-                " continue with the same value or use a fresh run.dir"
-            )
-
-
-def check_same_model(reader: Reader, network: torch.nn.Module) -> None:
-    """Check that the checkpoint holds this model's parameters, in these shapes.
-
-    Raises:
-        UserError: names the first that differs.
-    """
-    from l2vit.train.fragments import full_shape
-
-    wanted = {f"param/{name}": full_shape(p) for name, p in network.named_parameters()}
-    held = {k: tuple(e["shape"]) for k, e in reader.tensors.items() if k.startswith("param/")}
-    for key in sorted(wanted.keys() | held.keys()):
-        if wanted.get(key) != held.get(key):
-            raise UserError(
-                f"{reader.directory} is a checkpoint of another model: {key} has shape"
-                f" {held.get(key, 'none')}, the configured model needs {wanted.get(key, 'none')};"
-                " mend model.* or use a fresh run.dir"
-            )
-
-
 def _namer(manifest: Manifest) -> Any:
     firsts = manifest.first_ids
 
@@ -493,33 +394,3 @@ def _announce(run: Run, reader: Reader | None) -> None:
     if reader is not None:
         lines.append(f"continuing from {reader.directory} at step {run.state.step:,}")
     run.metrics.say("\n".join(lines))
-
-
-@functools.cache
-def git_commit() -> str:
-    """Commit of the code that runs, with ``+changes`` if it was edited; empty outside git."""
-    here = Path(__file__).parent
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(here, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git(here: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(here), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"l2vit": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "deepspeed", "timm", "numpy", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
