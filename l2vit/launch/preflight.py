@@ -76,7 +76,7 @@ def collect(config: TrainConfig, world: World) -> list[Facts]:
 
 
 def _same(config: TrainConfig) -> dict[str, str]:
-    from l2vit.train.run import git_commit, versions
+    from l2vit.train.provenance import git_commit, versions
 
     found = dict(versions())
     found["code"] = git_commit()
