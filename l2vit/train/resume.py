@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from l2vit.config import read_tree, to_tree
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError, UserError
 from l2vit.train import checkpoint
@@ -15,6 +17,42 @@ from l2vit.train.checkpoint import Reader
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.fragments import full_shape
+
+_FIXED = ("model.name", "model.window_size", "model.args.", "run.seed", "schedule.global_batch")
+_FREE = ("run.dir", "about.")
+
+
+def changed_settings(saved: Path, config: TrainConfig) -> list[str]:
+    """``key: then -> now`` of each setting that differs from the ``saved`` configuration.
+
+    Raises:
+        ConfigError: one that a run cannot change on its way differs; names it.
+    """
+    if not saved.is_file():
+        return []
+    then, now = _flat(read_tree(saved)), _flat(to_tree(config))
+    changed = [
+        key
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not key.startswith(_FREE)
+    ]
+    for key in changed:
+        if key.startswith(_FIXED):
+            raise ConfigError(
+                f"{key}: {saved.parent} holds a run with {then.get(key)}, the configuration says"
+                f" {now.get(key)}; continue with the same value or use a fresh run.dir"
+            )
+    return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in changed]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def to_continue(

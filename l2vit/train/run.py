@@ -33,7 +33,7 @@ from l2vit.train.evaluator import Evaluator
 from l2vit.train.faults import MicroBatch, StopSignal
 from l2vit.train.metrics import Metrics
 from l2vit.train.provenance import git_commit, versions
-from l2vit.train.resume import check_same_model, to_continue
+from l2vit.train.resume import changed_settings, check_same_model, to_continue
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Schedule, interval_of, steps_of
 from l2vit.train.state import TrainState
@@ -177,6 +177,9 @@ def _prepare_directory(config: TrainConfig, world: World) -> Path:
     if world.main:
         try:
             (directory / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+            if (directory / DONE_NAME).is_file() or checkpoint.complete_steps(directory):
+                for change in changed_settings(directory / CONFIG_NAME, config):
+                    print(f"continuing with another setting: {change}", flush=True)
             files.write_text(directory / CONFIG_NAME, dump(config))
             for step in checkpoint.torn_steps(directory):
                 print(
