@@ -231,7 +231,7 @@ def test_workers_do_not_outlive_a_killed_run(shards):
 
 
 def test_webp_shards_load(tmp_path, pictures):
-    from conftest import write_shards
+    from photo_shards import write_shards
 
     images = []
     for image in pictures[:20]:

@@ -71,10 +71,9 @@ def storm(shards, folder, kills, seed):
     return run, steps
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(24, marks=pytest.mark.slow)])
-def test_random_kills_leave_the_same_weights(kills, shards, whole, tmp_path):
-    run, steps = storm(shards, tmp_path, kills, seed=kills)
-    assert len(steps) == kills
+def test_random_kills_leave_the_same_weights(shards, whole, tmp_path):
+    run, steps = storm(shards, tmp_path, kills=24, seed=24)
+    assert len(steps) == 24
     assert_same(run, all_tensors(whole))
     assert losses(run) == losses(whole)
     numbers = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import NAMES, WNIDS, digit_jpegs, make_model, write_checkpoint, write_shards
+from digit_models import NAMES, WNIDS, digit_jpegs, make_model, write_checkpoint, write_shards
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_dataset, create_loader
 from timm.utils import accuracy
 

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import NAMES, WINDOW, WNIDS, digit_jpegs, make_model, write_checkpoint
+from digit_models import NAMES, WINDOW, WNIDS, digit_jpegs, make_model, write_checkpoint
 from PIL import Image
 
 from finetune import export_timm, verification

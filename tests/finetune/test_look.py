@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from digit_models import make_model
 from PIL import Image
 from torch import nn
 

@@ -5,7 +5,7 @@ import json
 
 import timm
 import torch
-from conftest import make_model
+from digit_models import make_model
 
 from finetune import evaluate, export_timm
 from l2vit.errors import UserError

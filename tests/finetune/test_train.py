@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import WNIDS
+from digit_models import WNIDS
 from safetensors.torch import load_file
 
 from finetune import evaluate, export_timm, train

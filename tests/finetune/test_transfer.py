@@ -4,7 +4,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import NAMES, WNIDS, make_model, write_checkpoint
+from digit_models import NAMES, WNIDS, make_model, write_checkpoint
 from timm.data import ImageNetInfo
 
 from l2vit.errors import UserError
