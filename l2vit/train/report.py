@@ -136,11 +136,12 @@ def figure(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
         return f"{x:.1f},{y:.1f}"
 
     parts = []
-    for i in range(5):
-        y, value = _TOP + high * i / 4, high_y - (high_y - low_y) * i / 4
+    for value in ticks(low_y, high_y):
+        y = _TOP + high * (high_y - value) / (high_y - low_y)
         parts.append(f'<path d="M{_LEFT} {y:.1f}h{wide}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-        x, step = _LEFT + wide * i / 4, low_x + (high_x - low_x) * i / 4
+    for step in ticks(low_x, high_x):
+        x = _LEFT + wide * (step - low_x) / (high_x - low_x)
         parts.append(
             f'<text x="{x:.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{step:,.0f}</text>'
         )
@@ -170,6 +171,14 @@ def thin(series: Series, most: int = 1200) -> list[tuple[float, float]]:
     if kept[-1] != series[-1]:
         kept.append(series[-1])
     return kept
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to ten round numbers (multiples of 1, 2 or 5 times a power of ten) in [low, high]."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = max(m * power for m in (1, 2, 5) if m * power <= (high - low) / 4)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [step * k for k in range(first, last + 1)]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

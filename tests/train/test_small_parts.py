@@ -1,5 +1,6 @@
 """Evaluation, metrics, report, faults, watchdog and launch variables, without other processes."""
 
+import itertools
 import json
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_other_ranks_write_nothing(tmp_path):
     door.say("nothing")
     door.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("low", "high"), [(-11.0, 561.0), (0.8667, 2.192), (0.0, 1.6e-3), (7, 8)])
+def test_a_chart_is_marked_at_round_numbers(low, high):
+    found = report.ticks(low, high)
+    assert 4 <= len(found) <= 10 and low <= found[0] and found[-1] <= high
+    digits = {f"{abs(b - a):.3e}"[:5] for a, b in itertools.pairwise(found)}
+    assert len(digits) == 1 and digits <= {"1.000", "2.000", "5.000"}
 
 
 def test_the_report_draws_what_was_measured(tmp_path):
