@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     run, timm = (json.loads((out / f"{n}_accuracy.json").read_text()) for n in ("run", "timm"))
 
     table = Table(title="The pipeline, once through", show_header=False)
-    images = f"{train['samples']:,} to train on, {val['samples']:,} held out"
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    images = f"{train['samples']:,} + {val['samples']:,} held out"
     table.add_row("images sharded", images, str(out / "shards"))
     for stage in ("pretrain", "finetune"):
         table.add_row(f"{stage} loss", f"{_last(out / stage, 'loss'):.4f}", str(out / stage))
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_row("fine-tuned accuracy, 96 pixels", _share(run), str(out / "run_accuracy.json"))
     table.add_row("timm accuracy of the export", _share(timm), str(out / "timm"))
     table.add_row("time, set-up included", f"{options.seconds} s", f"tensorboard --logdir {out}")
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(110, Console().width)).print(table)
 
     if timm["top1_right"] != run["top1_right"] or timm["count"] != run["count"]:
         print("quickstart: error: the exported model and the run disagree", file=sys.stderr)
