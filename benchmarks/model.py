@@ -121,7 +121,7 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
 
 
 _CHILD = """
-import resource, sys
+import sys
 sys.path.insert(0, {here!r})
 from model import *
 torch.set_num_threads({threads})
@@ -130,9 +130,12 @@ if {checkpointing}:
     model.set_grad_checkpointing()
 images = torch.randn({batch}, 3, 224, 224)
 step(model, images[:1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # getrusage would count the parent's peak, which fork hands down
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+before = peak()
 step(model, images)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
