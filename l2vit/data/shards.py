@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from l2vit.data.manifest import LABEL_WIDTH, Manifest
+from l2vit.data.manifest import LABEL_WIDTH, MANIFEST_NAME, Manifest
 from l2vit.errors import UserError
 
 INDEX_VERSION = b"v1.2"
@@ -195,9 +195,18 @@ class ShardReader:
         text = data[label_at - start : label_at - start + label_size]
         if handle.checksums is not None:
             self._check_sum(handle.checksums, number, image, text)
+            self._check_contract(text, f"{self._directory / self._names[shard]} sample {number}")
         else:
             check_frame(image)
         return Sample(sample_id, image, parse_label(text, self._classes))
+
+    def _check_contract(self, text: bytes, where: str) -> None:
+        """An undamaged label no class answers to is no bad sample: shards and manifest differ."""
+        if text.isdigit() and int(text) >= self._classes:
+            raise UserError(
+                f"{where}: label {int(text)} is out of range for the {self._classes} classes of"
+                f" {self._directory / MANIFEST_NAME}: they are of different builds; build anew"
+            )
 
     def _check_sum(self, sums: np.ndarray, number: int, image: bytes, label: bytes) -> None:
         if number >= len(sums):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from photo_shards import write_shards
 
 from l2vit.data.bad_samples import BadSampleLog
 from l2vit.data.config import AugmentConfig, DataConfig
@@ -169,3 +171,12 @@ def test_the_limit_counts_each_sample_once_over_all_ranks(tmp_path):
     with pytest.raises(UserError, match="5 unusable samples"):
         BadSampleLog(path, rank=0, limit=3).record(bad[4:])
     assert json.loads(path.read_text().splitlines()[-1])["sample_id"] == 4
+
+
+@pytest.mark.parametrize("backend, threads", [("host", 0), ("host", 1), ("dali", 1)])
+def test_an_undamaged_label_out_of_range_stops_at_once(tmp_path, pictures, backend, threads):
+    shards = write_shards(tmp_path / "s", pictures, [9] * len(pictures), per_shard=13, classes=10)
+    manifest = dataclasses.replace(shards.manifest, classes=shards.manifest.classes[:9])
+    manifest.save(shards.directory)
+    with pytest.raises(UserError, match=r"label 9 is out of range for the 9 classes"):
+        epochs(make(dataclasses.replace(shards, manifest=manifest), backend, threads=threads))
