@@ -72,8 +72,8 @@ def storm(shards, folder, kills, seed):
 
 
 def test_random_kills_leave_the_same_weights(shards, whole, tmp_path):
-    run, steps = storm(shards, tmp_path, kills=24, seed=24)
-    assert len(steps) == 24
+    run, steps = storm(shards, tmp_path, kills=20, seed=24)
+    assert len(steps) == 20
     assert_same(run, all_tensors(whole))
     assert losses(run) == losses(whole)
     numbers = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
@@ -167,6 +167,7 @@ def test_what_cannot_be_continued_is_refused_in_one_line(shards, whole, tmp_path
         [
             ({"schedule__global_batch": 32}, 2, "schedule.global_batch"),
             ({"run__seed": 7}, 2, "run.seed"),
+            ({"model__args": {"width": 16}}, 2, "model.args.width: "),
             ({"model__args": {"width": 16}}, 1, "checkpoint of another model: param/"),
             ({"engine__micro_batch": 3}, 2, "possible micro_batch×accumulation: 8×1, 4×2, 2×4"),
             ({"data__train": str(tmp_path / "no")}, 1, "holds no manifest.json"),
@@ -175,6 +176,8 @@ def test_what_cannot_be_continued_is_refused_in_one_line(shards, whole, tmp_path
         ]
     ):
         run = cut_back(whole, tmp_path / f"run{number}", 8)
+        if status == 1 or "timm" in text:  # what the checkpoint itself refuses
+            (run / "config.yaml").unlink()
         ranks = Ranks(train, 2, settings(shards, run, **change), directory=tmp_path, raw=True)
         assert ranks.wait() == [status] * 2, ranks.log(0)
         assert text in ranks.log(0)
