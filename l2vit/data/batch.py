@@ -28,3 +28,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """``array`` on ``device``; on a GPU without waiting for what is under way there."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

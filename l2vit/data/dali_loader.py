@@ -1,21 +1,24 @@
 """The DALI backend: decoding, cropping, resizing and flipping, on the GPU or the CPU.
 
 The only file that imports nvidia.dali. The host decides everything (which bytes, which box,
-whether to flip) and hands it over with the bytes; the graph only carries it out, so it is the
-same on both devices and has no state worth saving. Operations on pixels that must equal timm's
-come after the graph.
+whether to flip) and hands it over with the bytes; the graph only carries it out, so it has no
+state worth saving. On the CPU it ends at the decoded crops: DALI's antialiased resize there takes
+many times as long as PyTorch's, which the host backend uses too. Operations on pixels that must
+equal timm's come after the graph.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 
+from l2vit.data import host_ops
 from l2vit.data.plan import Work
 from l2vit.errors import UserError
 
@@ -62,13 +65,14 @@ def build_graph(
     """The graph, for the CPU or a GPU.
 
     Args:
-        source: gives a batch: images, anchors, shapes, sizes, windows, flips.
+        source: gives a batch: images, anchors, shapes, and for a GPU sizes, windows, flips.
         batch: most images in a batch.
         input_size: side S of what comes out, pixels.
         interpolation: ``bicubic`` or ``bilinear``, antialiased as PIL's is.
         threads: CPU threads of DALI.
         prefetch: batches under way in the graph.
-        gpu: decode on the GPU (``mixed``); later operators follow.
+        gpu: decode on the GPU (``mixed``), where later operators follow; else the graph gives the
+            decoded crops, each of its own size.
         device_id: CUDA device. None for the CPU; a GPU graph without one can be checked
             (``serialize()``) where there is no driver, not built.
         hw_decoder_load: share of the JPEGs for the hardware decoder of GPUs that have one.
@@ -79,6 +83,7 @@ def build_graph(
     fn, types = library.fn, library.types
     kinds = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
     mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
+    outputs = 6 if gpu else 3
 
     @library.pipeline_def(
         batch_size=batch,
@@ -88,12 +93,12 @@ def build_graph(
         exec_dynamic=True,
     )
     def graph() -> Any:
-        images, anchors, shapes, sizes, windows, flips = fn.external_source(
+        images, anchors, shapes, *rest = fn.external_source(
             source=source,
-            num_outputs=6,
+            num_outputs=outputs,
             batch=True,
-            dtype=[types.UINT8, *[types.INT32] * 2, types.FLOAT, *[types.INT32] * 2],
-            ndim=[1, 1, 1, 1, 1, 0],
+            dtype=[types.UINT8, *[types.INT32] * 2, types.FLOAT, *[types.INT32] * 2][:outputs],
+            ndim=[1, 1, 1, 1, 1, 0][:outputs],
         )
         pictures = fn.decoders.image_slice(
             images,
@@ -107,6 +112,9 @@ def build_graph(
             jpeg_fancy_upsampling=True,
             **(mixed if gpu else {}),
         )
+        if not gpu:
+            return pictures
+        sizes, windows, flips = rest
         pictures = fn.resize(
             pictures,
             size=sizes,
@@ -136,6 +144,9 @@ class DaliBatches:
     ) -> None:
         self._make, self._count = make, count
         self._prefetch, self._graph = prefetch, graph
+        self._fitter: _Fitter | None = None
+        if not graph["gpu"]:
+            self._fitter = _Fitter(graph["input_size"], graph["interpolation"], graph["threads"])
         self._pipeline: Pipeline | None = None
         self._under_way: deque[Feed] = deque()
         self._next = 0
@@ -181,11 +192,11 @@ class DaliBatches:
             self._pipeline.build()
         (pictures,) = self._pipeline.run()
         feed = self._under_way.popleft()
-        pixels = torch.from_dlpack(pictures.as_tensor())
-        if pixels.is_cuda:
-            # DALI takes its memory back on a stream of its own, which waits for none of torch's
-            pixels = pixels.clone()
-            torch.cuda.current_stream(pixels.device).synchronize()
+        if self._fitter is not None:
+            return feed, self._fitter(pictures, feed)
+        pixels = torch.from_dlpack(pictures.as_tensor()).clone()
+        # DALI takes its memory back on a stream of its own, which waits for none of torch's
+        torch.cuda.current_stream(pixels.device).synchronize()
         return feed, pixels[: len(feed.images)]
 
     def _source(self) -> tuple[Any, ...]:
@@ -199,10 +210,15 @@ class DaliBatches:
             raise
         self._next += 1
         self._under_way.append(feed)
-        return (
+        given = (
             [np.frombuffer(image, np.uint8) for image in feed.images],
             feed.boxes[:, :2].astype(np.int32),
             feed.boxes[:, 2:].astype(np.int32),
+        )
+        if self._fitter is not None:
+            return given
+        return (
+            *given,
             feed.sizes.astype(np.float32),
             feed.windows.astype(np.int32),
             feed.flip.astype(np.int32),
@@ -211,3 +227,36 @@ class DaliBatches:
     def close(self) -> None:
         """Stop the graph's threads."""
         self._restart(0)
+        if self._fitter is not None:
+            self._fitter.close()
+
+
+class _Fitter:
+    """The rest of the graph on the CPU: resize, window and flip, in threads."""
+
+    def __init__(self, input_size: int, interpolation: str, threads: int) -> None:
+        self._size, self._interpolation = input_size, interpolation
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "fit")
+
+    def __call__(self, pictures: Any, feed: Feed) -> torch.Tensor:
+        """(n, S, S, 3) uint8 of the decoded crops of ``feed``."""
+        count = len(feed.images)
+        pixels = np.empty((count, self._size, self._size, 3), np.uint8)
+
+        def fit(first: int) -> None:
+            for i in range(first, count, self._threads):
+                pixels[i] = self._one(np.asarray(pictures[i]), feed, i)
+
+        list(self._pool.map(fit, range(self._threads)))
+        return torch.from_numpy(pixels)
+
+    def _one(self, crop: np.ndarray, feed: Feed, i: int) -> np.ndarray:
+        height, width = feed.sizes[i].tolist()
+        top, left = feed.windows[i].tolist()
+        resized = host_ops.resize(crop, (height, width), self._interpolation)
+        kept = resized[top : top + self._size, left : left + self._size]
+        return kept[:, ::-1] if feed.flip[i] else kept
+
+    def close(self) -> None:
+        self._pool.shutdown()

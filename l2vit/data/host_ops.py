@@ -41,15 +41,22 @@ def decode(image: bytes) -> np.ndarray:
 
 
 def crop_resize(picture: np.ndarray, box: np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """The crop ``box`` (top, left, height, width) resized to (size, size, 3) uint8.
+    """The crop ``box`` (top, left, height, width) resized to (size, size, 3) uint8."""
+    top, left, height, width = box.tolist()
+    return resize(picture[top : top + height, left : left + width], (size, size), interpolation)
+
+
+def resize(picture: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """(h, w, 3) uint8 resized to ``size`` (height, width).
 
     By PyTorch's antialiased resize of bytes, made after Pillow's: a byte in some two hundred
     differs from Pillow's by one, in a quarter of the time.
     """
-    top, left, height, width = box.tolist()
-    crop = torch.from_numpy(picture[top : top + height, left : left + width])
     resized = torch.nn.functional.interpolate(
-        crop.permute(2, 0, 1)[None], size=(size, size), mode=interpolation, antialias=True
+        torch.from_numpy(picture).permute(2, 0, 1)[None],
+        size=size,
+        mode=interpolation,
+        antialias=True,
     )
     return resized[0].permute(1, 2, 0).numpy()
 

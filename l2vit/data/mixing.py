@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.special import betaincinv
 
-from l2vit.data.batch import Batch
+from l2vit.data.batch import Batch, upload
 from l2vit.data.config import AugmentConfig
 from l2vit.data.philox import derive_key, uniforms
 from l2vit.errors import ConfigError
@@ -58,11 +58,10 @@ class Mixer:
         height, width = batch.images.shape[-2:]
         drawn = self.draw(batch.epoch, batch.positions, height, width)
         device = batch.images.device
-        partners = torch.from_numpy(drawn.partners).to(device)
-        share = _pixel_weights(drawn, height, width).to(device, non_blocking=True)
-        share = share.to(batch.images.dtype)
+        partners, cut, boxes = (upload(x, device) for x in (drawn.partners, drawn.cut, drawn.boxes))
+        weight = upload(drawn.weights.astype(np.float32), device)[:, None]
+        share = _pixel_weights(weight, cut, boxes, height, width).to(batch.images.dtype)
         images = batch.images * share + batch.images[partners] * (1 - share)
-        weight = torch.from_numpy(drawn.weights).to(device, torch.float32)[:, None]
         return images, targets * weight + targets[partners] * (1 - weight)
 
     def _smooth(self, labels: torch.Tensor) -> torch.Tensor:
@@ -119,12 +118,15 @@ def _clipped(centre: np.ndarray, length: np.ndarray, most: int) -> tuple[np.ndar
     return np.clip(centre - length // 2, 0, most), np.clip(centre + (length + 1) // 2, 0, most)
 
 
-def _pixel_weights(drawn: Mixing, height: int, width: int) -> torch.Tensor:
+def _pixel_weights(
+    weight: torch.Tensor, cut: torch.Tensor, boxes: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
     """(B, 1, H, W) float32: share of the sample itself in each pixel."""
-    top, bottom, left, right = (drawn.boxes[:, i, None] for i in range(4))
-    rows, columns = np.arange(height), np.arange(width)
+    top, bottom, left, right = boxes[:, :, None].unbind(1)
+    rows = torch.arange(height, device=boxes.device)
+    columns = torch.arange(width, device=boxes.device)
     inside_rows = (rows >= top) & (rows < bottom)
     inside_columns = (columns >= left) & (columns < right)
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]
-    share = np.where(drawn.cut[:, None, None], ~inside, drawn.weights[:, None, None])
-    return torch.from_numpy(share.astype(np.float32))[:, None]
+    share = torch.where(cut[:, None, None], (~inside).float(), weight[:, :, None])
+    return share[:, None]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from l2vit.data import host_ops
+from l2vit.data.batch import upload
 from l2vit.data.draws import NO_OP, OP_NUMBER, OPS
 
 _GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -81,24 +82,17 @@ def apply_ops_batched(
         for number, name in enumerate(OPS):
             chosen = np.flatnonzero(numbers == number)
             if len(chosen) and number not in geometric:
-                at = _upload(chosen, pixels.device)
-                argument = _upload(values[chosen], pixels.device)
+                at = upload(chosen, pixels.device)
+                argument = upload(values[chosen], pixels.device)
                 pixels[at] = _POINTWISE[name](pixels[at], argument)
         chosen = np.flatnonzero(np.isin(numbers, geometric))
         if len(chosen):
             size = pixels.shape[1]
             matrices = np.stack([_matrix(int(numbers[i]), float(values[i]), size) for i in chosen])
-            at = _upload(chosen, pixels.device)
-            matrix = _upload(matrices, pixels.device)
+            at = upload(chosen, pixels.device)
+            matrix = upload(matrices, pixels.device)
             pixels[at] = _affine(pixels[at], matrix, fill, interpolation)
     return pixels
-
-
-def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _matrix(number: int, argument: float, size: int) -> tuple[float, ...]:

@@ -263,7 +263,12 @@ def test_the_gpu_graph_is_well_formed():
 
     gpu, cpu = graph(True), graph(False)
     assert b"mixed" in gpu and b"mixed" not in cpu
-    assert b"ImageSlice" in gpu and b"Resize" in gpu and b"Flip" in gpu
+    assert b"ImageSlice" in gpu and b"ImageSlice" in cpu and b"Resize" not in cpu
+    from nvidia.dali import backend
+
+    assert "decoders__ImageSlice" in backend.RegisteredMixedOps()
+    for operator in ("Resize", "Slice", "Flip"):
+        assert operator.encode() in gpu and operator in backend.RegisteredGPUOps()
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(shards):
