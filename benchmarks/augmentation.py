@@ -1,7 +1,7 @@
 """How far the two backends' pictures lie apart, operation by operation, on photographs.
 
 Each of 32 photographs is cropped, resized and put through one operation by both routes: the host's
-(PyTorch's resize, timm's function) and DALI's (its decoder and resize, the batched operation).
+(libjpeg-turbo, timm's function) and DALI's (its decoder, the batched operation).
 
     python benchmarks/augmentation.py [--pictures docs/img/augmentation]
 """
