@@ -6,7 +6,9 @@ python=$(bash launch/install.sh requirements-dev.txt)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 if [ $# -eq 0 ]; then
-  # One worker a core; a file stays on one worker, so that module fixtures are made once.
-  set -- -n "$(nproc)" --dist loadfile
+  # One worker a core (nproc alone would answer OMP_NUM_THREADS); a file stays on one worker, so
+  # that module fixtures are made once.
+  cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+  set -- -n "$((cores < 8 ? cores : 8))" --dist loadfile
 fi
 exec "$python" -m pytest "$@"
