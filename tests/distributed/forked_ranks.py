@@ -20,6 +20,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -37,10 +38,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def free_port():
-    """A TCP port nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port nobody listens on now, below those the system gives to outgoing connections."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("", port))
+            return port
 
 
 class Ranks:
@@ -80,13 +83,13 @@ class Ranks:
         for process in self.processes:
             process.join()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Exit statuses of all ranks; when one fails the others are given a moment, then killed."""
         end = time.monotonic() + timeout
         while any(process.is_alive() for process in self.processes):
             failed = any(process.exitcode not in (None, 0) for process in self.processes)
             if failed:
-                end = min(end, time.monotonic() + 10)
+                end = min(end, time.monotonic() + 60)
             if time.monotonic() > end:
                 self.kill_all()
             multiprocessing.connection.wait(
@@ -98,7 +101,7 @@ class Ranks:
         """What the rank printed so far."""
         return (self.directory / f"{rank}.log").read_text(errors="replace")
 
-    def results(self, timeout=120):
+    def results(self, timeout=300):
         """What ``function`` returned on each rank; a failure shows the rank's output."""
         statuses = self.wait(timeout)
         for rank, status in enumerate(statuses):
