@@ -223,7 +223,8 @@ def _choose(config: TrainConfig, cluster: Cluster, tracer: Tracer) -> Split:
 def _memory(
     config: TrainConfig, cluster: Cluster, traced: Trace, *, stage: int | None = None
 ) -> Memory:
-    settings = deepspeed_config(config, Split(1, 1, cluster.ranks))["zero_optimization"]
+    split = Split(1, 1, cluster.ranks)
+    settings = deepspeed_config(config, split, parameters=traced.parameters)
     return memory.per_rank(
         traced.parameters,
         stage=stage or config.engine.zero_stage,
@@ -231,7 +232,7 @@ def _memory(
         precision=config.engine.precision,
         ema=bool(config.ema.decay),
         activations=traced.peak_bytes,
-        bucket=int(settings.get("reduce_bucket_size", memory.BUCKET)),
+        bucket=settings["zero_optimization"]["reduce_bucket_size"],
     )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's gradient bucket by default; stages 2 and 3 allocate it whole."""
 MASTER, MOMENTS, ACCUMULATOR = 4, 8, 4
 """Bytes a weight: fp32 master, two fp32 moments, fp32 accumulated gradient."""
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -34,9 +32,9 @@ def per_rank(
     stage: int,
     ranks: int,
     precision: str,
+    bucket: int,
     ema: bool = False,
     activations: float = 0.0,
-    bucket: int = BUCKET,
 ) -> Memory:
     """Memory of one of ``ranks`` ranks.
 
@@ -45,9 +43,9 @@ def per_rank(
         stage: 1 shares out the optimizer's state, 2 also the gradients, 3 also the weights.
         ranks: in all.
         precision: of ``EngineConfig``.
+        bucket: elements of DeepSpeed's gradient bucket; stages 2 and 3 allocate it whole.
         ema: an fp32 moving average is kept (shared out like the masters).
         activations: peak bytes of a micro-batch, ``Trace.peak_bytes``.
-        bucket: elements of the gradient bucket.
     """
     compute = COMPUTE_BYTES[precision]
     share = parameters / ranks

@@ -30,6 +30,7 @@ from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NEVER = 1 << 62
+_LARGEST_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,18 @@ class StepOutcome:
     """Global L2 norm of the gradient before clipping; inf where it was not finite."""
 
 
-def deepspeed_config(config: TrainConfig, split: Split) -> dict[str, Any]:
-    """The DeepSpeed dictionary of a run.
+def deepspeed_config(config: TrainConfig, split: Split, *, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run of a model with so many trainable parameters.
 
     The fp32 accumulation and communication dtypes are what makes every stage follow the plain
     fp32-master loop; with DeepSpeed's defaults the stages differ from it, and from each other,
-    by about 1e-3 after a few steps.
+    by about 1e-3 after a few steps. DeepSpeed allocates its gradient bucket whole, by default
+    500 M elements (1 to 2 GB), so it is given no more than the model can fill.
     """
-    zero: dict[str, Any] = {"stage": config.engine.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": config.engine.zero_stage,
+        "reduce_bucket_size": min(parameters, _LARGEST_BUCKET),
+    }
     if config.engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it computes the weight gradient differently
     settings: dict[str, Any] = {
@@ -344,7 +349,7 @@ def _initialize(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, split),
+            config=deepspeed_config(config, split, parameters=sum(g.numel for g in groups)),
             dist_init_required=False,
         )
     gc.unfreeze()
