@@ -127,6 +127,32 @@ def test_gradient_checkpointing_changes_nothing(shards, tmp_path):
     assert curves[0] == curves[1]
 
 
+def train_compiled(path):
+    """With a back end that traces and differentiates but leaves out inductor's slow C++."""
+    from functools import partialmethod
+
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from torch._dynamo.utils import counters
+
+    DeepSpeedEngine.compile = partialmethod(DeepSpeedEngine.compile, backend="aot_eager")
+    status = train(path)
+    assert counters["aot_autograd"]["ok"] > 0, "nothing was compiled"
+    return status
+
+
+def test_a_compiled_run_has_the_same_losses(shards, tmp_path):
+    short = {"schedule__length": "4 steps", "schedule__warmup": "1 steps"}
+    short |= {"eval__every": "2 steps", "engine__precision": "fp32"}
+    curves = []
+    for body, compiled in ((train, False), (train_compiled, True)):
+        run = tmp_path / str(compiled)
+        path = settings(shards, run, **short, engine__compile=compiled)
+        ranks = Ranks(body, 1, path, directory=tmp_path, raw=True)
+        assert ranks.wait() == [0], ranks.log(0)[-3000:]
+        curves.append([value for r in records(run) for value in (r["loss"], r["grad_norm"])])
+    assert len(curves[0]) == 8 and curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
 def train_fp16(path):
     """DeepSpeed knows no fp16 on CPUs, though PyTorch does: persuade it."""
     from deepspeed.accelerator import get_accelerator
