@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from l2vit.models import kernels
+
 _FAST_COLUMNS = 3
 
 
@@ -35,13 +37,16 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (C, 1, k, k) with k odd.
         bias: (C,) or None.
     """
-    if _by_columns(x, weight):
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
+    fused = kernels.chosen("depthwise", x)
+    if fused or _by_columns(x, weight):
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
-        return _ByColumns.apply(x, weight, bias)
-    return _convolve(x, weight, bias)
+        call = torch.ops.l2vit.depthwise if fused else _ByColumns.apply
+        return call(x, weight, bias)
+    return convolve(x, weight, bias)
 
 
 def _by_columns(x: Tensor, weight: Tensor) -> bool:
@@ -56,7 +61,8 @@ def _by_columns(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`depthwise` by PyTorch's convolution; same arguments."""
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
     return y.permute(0, 2, 3, 1)
@@ -66,7 +72,7 @@ class _ByColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _convolve(x, weight, bias)
+        return convolve(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -74,7 +80,7 @@ class _ByColumns(torch.autograd.Function):
         grad = grad.contiguous()
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
-            _convolve(grad, weight.flip(2, 3), None) if need_x else None,
+            convolve(grad, weight.flip(2, 3), None) if need_x else None,
             _weight_gradient(x, grad, weight.shape) if need_weight else None,
             grad.sum((0, 1, 2)) if need_bias else None,
         )

@@ -1,0 +1,171 @@
+"""The Triton kernels in Triton's interpreter, against float64 formulas; run by test_kernels.py
+in a process of its own, because TRITON_INTERPRET=1 must be set before Triton is imported."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.runtime.interpreter as interpreter
+
+from l2vit.models import linear_attention
+from l2vit.models.depthwise import DepthwiseConv
+from l2vit.models.kernels import choice
+from l2vit.models.kernels import depthwise as depthwise_kernels
+from l2vit.models.kernels import linear_attention as attention_kernels
+
+# bf16 has 8 bits; the interpreter cuts where a GPU rounds, so outputs are off by up to 2^-7.
+LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_patch = interpreter._patch_lang_tensor
+
+
+@pytest.fixture(autouse=True, scope="session")
+def loops_with_numpy_2_4():
+    """Triton 3.6 turns loop bounds into integers in a way that NumPy 2.4 no longer allows."""
+
+    def patched(tensor, scope, *more):
+        _patch(tensor, scope, *more)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(choice, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "_capable", lambda index: True)
+    monkeypatch.setattr(choice, "_verdicts", {})
+
+
+def eq_4(qkv, scale, heads, clamp):
+    """Written for one row of attention weights after the other, all in float64."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)
+    weights = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
+    total = torch.where(weights.sum(3) >= clamp, weights.sum(3), clamp)
+    factor = 1.0 if scale is None else scale
+    return torch.einsum("bhij,bjhd->bihd", factor * weights / total[..., None], v).flatten(2)
+
+
+def correlate(x, weight, bias):
+    """Shifted pictures times their taps."""
+    reach, (h, w) = weight.shape[3] // 2, x.shape[1:3]
+    padded = F.pad(x, (0, 0, reach, reach, reach, reach))
+    out = torch.zeros_like(x) if bias is None else bias.expand(x.shape)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            out = out + padded[:, i : i + h, j : j + w] * weight[:, 0, i, j]
+    return out
+
+
+def compare(call, formula, inputs, dtype):
+    """Output and all gradients against the formula in float64; twice, to the same bits."""
+    wrt = [t for t in inputs if t is not None]
+    out = call(*inputs)
+    upstream = torch.randn(out.shape).to(dtype)
+    got = (out, *torch.autograd.grad(out, wrt, upstream))
+    out = call(*inputs)
+    again = (out, *torch.autograd.grad(out, wrt, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    assert [t.dtype for t in got] == [dtype, *(t.dtype for t in wrt)]
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    out = formula(*doubles)
+    wrt = [t for t in doubles if t is not None]
+    expected = (out, *torch.autograd.grad(out, wrt, upstream.double()))
+    for place, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.shape == b.shape
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error <= LIMITS[dtype], f"result {place}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "clamp", "with_scale"),
+    [
+        (2, 49, 3, 100.0, True),  # the clamp acts on some
+        (1, 45, 1, 1e-3, False),  # on none
+        (1, 32, 2, 1e6, True),  # on all
+        (1, 1, 1, 1.0, True),
+    ],
+)
+def test_linear_attention(dtype, batch, tokens, heads, clamp, with_scale):
+    torch.manual_seed(0)
+    d = 32 if heads != 2 else 16
+    qkv = torch.randn(batch, tokens, 3 * heads * d).to(dtype).requires_grad_()
+    scale = (torch.rand(heads, 1, 1) + 0.5).requires_grad_() if with_scale else None
+    compare(
+        lambda *inputs: torch.ops.l2vit.linear_attention(*inputs, heads, clamp)[0],
+        lambda *inputs: eq_4(*inputs, heads, clamp),
+        (qkv, scale),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_sums_over_several_parts(dtype, monkeypatch):
+    """More blocks than programs: some programs take two, the last one less."""
+    monkeypatch.setattr(attention_kernels, "_PROGRAMS", 6)
+    test_linear_attention(dtype, 1, 150, 3, 900.0, True)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize(
+    ("shape", "size", "with_bias"),
+    [((1, 3, 7, 24), 7, True), ((2, 2, 5, 6), 3, False), ((1, 2, 18, 70), 3, True)],
+)
+def test_depthwise(dtype, shape, size, with_bias, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(depthwise_kernels, "_PROGRAMS", 12)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    weight = torch.randn(shape[3], 1, size, size).to(dtype).requires_grad_()
+    bias = torch.randn(shape[3]).to(dtype).requires_grad_() if with_bias else None
+    compare(torch.ops.l2vit.depthwise, correlate, (x, weight, bias), dtype)
+
+
+def test_operators_keep_pytorchs_rules():
+    """Schema, fake tensors, autograd registration, tracing with symbolic shapes."""
+    qkv = torch.randn(1, 20, 96, requires_grad=True)
+    scale = torch.rand(1, 1, 1, requires_grad=True)
+    torch.library.opcheck(torch.ops.l2vit.linear_attention.default, (qkv, scale, 1, 5.0))
+    x, weight = (torch.randn(s, requires_grad=True) for s in ((1, 2, 3, 4), (4, 1, 3, 3)))
+    torch.library.opcheck(torch.ops.l2vit.depthwise.default, (x, weight, None))
+
+
+def test_no_second_derivative():
+    qkv = torch.randn(1, 20, 96, requires_grad=True)
+    out = torch.ops.l2vit.linear_attention(qkv, None, 1, 5.0)[0]
+    (grad,) = torch.autograd.grad(out.sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+def test_chosen_checked_and_compiled(on_cpu):
+    """The whole way: a compiled function checks the kernel while it is traced, then calls it."""
+    torch.manual_seed(0)
+
+    def run(qkv):
+        return linear_attention.linear_attention(qkv, None, 2, 30.0) * 2
+
+    qkv = torch.randn(1, 40, 6 * 32, requires_grad=True)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(qkv).sum(), qkv)
+    assert choice._verdicts == {("linear_attention", 0): True}
+    module = torch.nn.Module()
+    module.forward = run
+    assert "l2vit" not in str(torch.export.export(module, (qkv.detach(),)).graph)
+    with choice.use(False):
+        assert not choice.chosen("linear_attention", qkv)
+        (expected,) = torch.autograd.grad(run(qkv).sum(), qkv)
+    torch.testing.assert_close(grad, expected)
+    strange = torch.randn(1, 40, 3 * 24)  # a head width that no kernel is written for
+    assert torch.equal(
+        linear_attention.linear_attention(strange, None, 1, 5.0),
+        linear_attention.plain(strange, None, 1, 5.0),
+    )
+
+
+def test_autocast(on_cpu, monkeypatch):
+    monkeypatch.setattr(choice, "_verdicts", {("depthwise", 0): True})
+    conv, x = DepthwiseConv(4, 3), torch.randn(1, 3, 3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype == conv.weight.grad.dtype == conv.bias.grad.dtype == torch.float32

@@ -1,0 +1,152 @@
+"""The Triton kernels: their arithmetic (interpreted), whether they compile, and their choice."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from l2vit.models import kernels
+from l2vit.models.kernels import choice
+from l2vit.models.linear_attention import linear_attention, plain
+
+triton = pytest.importorskip("triton")
+
+
+def test_interpreted():
+    """Against float64, without a GPU; see interpreted_kernels.py."""
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+ATTENTION = {"D": 32, "BLOCK": 32}
+CASES = [
+    ("linear_attention", "context_kernel", {}),
+    ("linear_attention", "out_kernel", {"HAS_SCALE": True}),
+    ("linear_attention", "query_gradient_kernel", {"HAS_SCALE": True}),
+    ("linear_attention", "key_value_gradient_kernel", {}),
+    ("depthwise", "forward_kernel", {"HAS_BIAS": True, "K": 7, "BLOCK_W": 16, "BLOCK_C": 64}),
+    ("depthwise", "weight_gradient_kernel", {"K": 7, "KP": 8, "BLOCK_W": 8, "BLOCK_C": 32}),
+]
+POINTERS = ("qkv", "x", "out", "grad", "grad_qkv", "weight", "bias")
+SUMS = ("context", "total", "scale", "part", "grad_context", "grad_total", "grad_scale")
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("bf16", 80), ("bf16", 90), ("fp32", 90)])
+@pytest.mark.parametrize(("module", "name", "constants"), CASES, ids=[c[1] for c in CASES])
+def test_compiles_without_a_gpu(module, name, constants, kind, architecture, tmp_path, monkeypatch):
+    """To machine code for A100 and H100: shared memory fits, no register is spilled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    loaded = pytest.importorskip(f"l2vit.models.kernels.{module}")
+    if module == "linear_attention":
+        precision = "ieee" if kind == "fp32" else "tf32"
+        constants = constants | ATTENTION | {"PRECISION": precision}
+    kernel = getattr(loaded, name)
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"clamp": "fp32"}
+    signature |= dict.fromkeys(POINTERS, f"*{kind}") | dict.fromkeys(SUMS, "*fp32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {argument: signature[argument] for argument in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert built.metadata.shared <= 99 * 1024
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", used.stdout) == ["0", "0"]
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """A CPU that passes for a GPU."""
+    monkeypatch.setattr(choice, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "_capable", lambda index: True)
+    monkeypatch.setattr(choice, "_verdicts", {})
+
+    def install(check):
+        module = types.SimpleNamespace(check=check)
+        monkeypatch.setattr(choice.importlib, "import_module", lambda name: module)
+
+    return install
+
+
+def test_a_kernel_that_disagrees_is_left_alone(able):
+    able(lambda device, dtype: ([torch.ones(3)], [torch.ones(3) * 1.1]))
+    x = torch.randn(2, 40, 96)
+    with pytest.warns(UserWarning, match="linear_attention is not used.*differs by 9"):
+        out = linear_attention(x, None, 1, 1.0)
+    assert torch.equal(out, plain(x, None, 1, 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels.chosen("linear_attention", x)
+
+
+def test_a_kernel_that_fails_is_left_alone(able):
+    def check(device, dtype):
+        raise RuntimeError("out of resource\nand more")
+
+    able(check)
+    with pytest.warns(UserWarning, match="depthwise is not used.*RuntimeError: out of resource$"):
+        assert not kernels.chosen("depthwise", torch.zeros(1))
+
+
+def test_switch_and_types(able, monkeypatch):
+    seen = []
+    able(lambda device, dtype: (seen.append(dtype), ([torch.ones(1)],) * 2)[1])
+    x = torch.zeros(1)
+    with kernels.use(False):
+        assert not kernels.chosen("depthwise", x)
+    assert not kernels.chosen("depthwise", x.double()) and seen == []
+    for _ in range(2):
+        assert kernels.chosen("depthwise", x)
+    assert seen == [torch.float32, torch.bfloat16, torch.float16]  # once, whatever x is
+    monkeypatch.setattr(choice, "_DEVICES", ("cuda",))
+    assert not kernels.chosen("depthwise", x)
+
+
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True)])
+def test_switched_by_the_environment(value, on, monkeypatch):
+    monkeypatch.setenv("L2VIT_TRITON", value)
+    assert runpy.run_path(choice.__file__)["_on"] is on
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["linear_attention", "depthwise"])
+def test_agrees_on_this_gpu(kernel):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice._agrees(kernel, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_with_and_without_kernels_on_a_gpu(dtype):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("l2vit_mini").cuda().eval()
+    images = torch.randn(2, 3, 96, 64, device="cuda")
+    found = []
+    for on in (True, False):
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True)
+        with kernels.use(on), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            out = compiled(images).float()
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), model.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= (5e-3 if dtype == torch.float32 else 5e-2) * b.norm() + 1e-5
