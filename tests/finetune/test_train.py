@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune import evaluate, export_timm, train
 from l2vit.config import load
-from l2vit.train import checkpoint
+from l2vit.train import checkpoint, sources
 from l2vit.train import run as training_run
 from l2vit.train.config import TrainConfig
 from l2vit.train.param_groups import param_groups
@@ -37,8 +37,8 @@ RECIPE = {
 }
 
 
-def launch(config, *overrides, ranks=1):
-    """finetune.train on ``ranks`` processes, as launch/finetune.sh starts them."""
+def launch(config, *overrides, ranks=1, program="finetune.train"):
+    """``program`` on ``ranks`` processes, as launch/finetune.sh starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -56,7 +56,7 @@ def launch(config, *overrides, ranks=1):
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "finetune.train", "--config", str(config), *overrides],
+                [sys.executable, "-m", *program.split(), "--config", str(config), *overrides],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -103,6 +103,28 @@ def test_a_run_at_two_sizes_ends_as_the_same_timm_model(tmp_path, shards, same_p
     raw, ema = (load_file(tmp_path / f"timm_{w}" / "model.safetensors") for w in ("raw", "ema"))
     assert not torch.equal(raw["head.fc.weight"], ema["head.fc.weight"])
     assert json.loads((out / "config.json").read_text())["label_names"] == list(WNIDS)
+
+
+@pytest.mark.parametrize("name", ["flatten_swin_mini", "inline_swin_mini"])
+def test_a_model_of_each_family_goes_the_same_way(name, tmp_path, shards, same_process):
+    """Pre-trained, exported and loaded by timm; test_families_pipeline.py does it at length."""
+    config, run, out = tmp_path / "recipe.yaml", tmp_path / "run", tmp_path / "timm"
+    config.write_text(yaml.safe_dump(RECIPE))
+    data = [f"data.train={shards}", f"data.val={shards}", f"run.dir={run}", f"model.name={name}"]
+    data += ["model.window_size=2", "schedule.length=2 steps", "eval.every=2 steps"]
+    launch(config, *data, "checkpoint.every=2 steps", program="pretrain train")
+    arguments = ["--checkpoint", str(run), "--out", str(out), "--weights", "raw"]
+    assert export_timm.main([*arguments, "--proof-images", "8"]) == 0
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    trained = sources.read(run, weights="raw").build().eval()
+    start = timm.create_model(name, num_classes=10, img_size=32, window_size=2)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model(images), trained(images))
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert {n: p.shape for n, p in model.state_dict().items()} == {
+        n: p.shape for n, p in start.state_dict().items()
+    }
 
 
 def test_layer_decay_follows_the_depth():
