@@ -1,5 +1,7 @@
 """FLatten and InLine as networks: sizes, timm's contract, any attention in any host."""
 
+import warnings
+
 import families_reference as reference
 import pytest
 import timm
@@ -203,6 +205,41 @@ def test_compiles_whole_and_exports(name, arguments):
             more = torch.randn(count, 3, 64, 64)
             torch.testing.assert_close(exported(more), model(more))
     torch._dynamo.reset()
+
+
+IN_CI = ("inline_pvt_tiny",)  # its residual has kernels of its own for each image
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param(name, arguments, id=name, marks=() if name in IN_CI else pytest.mark.slow)
+        for name, arguments in SHALLOW
+    ],
+)
+def test_onnx_runs_in_onnxruntime(name, arguments, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **arguments).eval()
+    batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.randn(2, 3, 64, 64),),
+            tmp_path / "model.onnx",
+            dynamo=True,
+            input_names=["images"],
+            dynamic_shapes=batch,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for count in (1, 3):
+        images = torch.randn(count, 3, 64, 64)
+        (got,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(got), model(images), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "arguments"), SHALLOW)
