@@ -18,7 +18,7 @@ from data_prep.records import SPOOLED, Workspace
 from data_prep.sources import Unit
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
-from l2vit.data.shards import CHECKSUM_SUFFIX, checksum
+from l2vit.data.shards import CHECKSUM_SUFFIX, LABELS_SUFFIX, checksum
 from l2vit.errors import UserError
 
 BLOCK = 512
@@ -121,7 +121,7 @@ def write_shard(writing: Writing, shard: int) -> int:
 def write_records(
     writing: Writing, records: np.ndarray, tar: Path, copy: Path | None = None
 ) -> Shard:
-    """Write ``records`` to ``tar``, its index and its samples' checksums beside it.
+    """Write ``records`` to ``tar``; its index, its samples' checksums and labels beside it.
 
     Args:
         writing: what every worker knows.
@@ -164,6 +164,7 @@ def write_records(
     text = "\n".join(index) + "\n"
     files.write_text(tar.with_suffix(".idx"), text)
     files.write_bytes(tar.with_suffix(CHECKSUM_SUFFIX), np.array(sums, "<u4").tobytes())
+    files.write_bytes(tar.with_suffix(LABELS_SUFFIX), records["label"].astype("<u4").tobytes())
     return Shard(
         tar.name,
         len(records),

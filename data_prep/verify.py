@@ -19,7 +19,7 @@ from data_prep.shards import Writing, shard_records, write_info, write_records
 from data_prep.sources import list_units, load_units
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
-from l2vit.data.shards import CHECKSUM_SUFFIX, checksum
+from l2vit.data.shards import CHECKSUM_SUFFIX, LABELS_SUFFIX, checksum
 from l2vit.errors import UserError
 
 
@@ -142,8 +142,8 @@ def check_shard(checking: Checking, number: int) -> Finding:
 
 def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
     tar, index = checking.directory / shard.name, checking.directory / shard.index_name
-    sums = tar.with_suffix(CHECKSUM_SUFFIX)
-    for path in (tar, index, sums):
+    sums, kept = tar.with_suffix(CHECKSUM_SUFFIX), tar.with_suffix(LABELS_SUFFIX)
+    for path in (tar, index, sums, kept):
         if not path.is_file():
             return f"{path.name} is missing"
     if tar.stat().st_size != shard.bytes:
@@ -152,16 +152,17 @@ def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
         return "SHA-256 differs from the manifest"
     if files.sha256_file(index) != shard.index_sha256:
         return "SHA-256 of the index differs from the manifest"
-    if sums.stat().st_size != 4 * shard.samples:
-        return f"{sums.name} does not hold one checksum a sample"
-    checksums = np.fromfile(sums, "<u4")
+    for path in (sums, kept):
+        if path.stat().st_size != 4 * shard.samples:
+            return f"{path.name} does not hold four bytes a sample"
+    checksums, labels = np.fromfile(sums, "<u4"), np.fromfile(kept, "<u4")
     lines = index.read_text().splitlines()
     with open_window(tar) as stream:
         entries = list(members(stream, shard.bytes, str(tar)))
         if lines[:1] != [f"v1.2 {shard.samples}"] or len(entries) != 2 * shard.samples:
             return "index, tar and manifest disagree on the number of samples"
-        rows = zip(lines[1:], entries[::2], entries[1::2], checksums, strict=True)
-        for line, image, label, total in rows:
+        rows = zip(lines[1:], entries[::2], entries[1::2], checksums, labels, strict=True)
+        for line, image, label, total, number in rows:
             extension = image.name.rpartition(".")[2]
             expected = (
                 f"{extension} {image.offset} {image.size} {image.name}"
@@ -175,6 +176,8 @@ def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
             text = stream.read(label.size)
             if len(text) != LABEL_WIDTH or not text.isdigit() or int(text) >= len(counts):
                 return f"{label.name} holds {text[:20]!r}, no label of {len(counts)} classes"
+            if int(text) != number:
+                return f"{label.name} differs from {kept.name}"
             counts[int(text)] += 1
             stream.seek(image.offset)
             data = stream.read(image.size)

@@ -6,8 +6,10 @@ and never mapped: a shard that vanishes under a mapping would kill the process.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import re
 import threading
 import zlib
 from collections import OrderedDict
@@ -23,10 +25,14 @@ from l2vit.errors import UserError
 
 INDEX_VERSION = b"v1.2"
 CHECKSUM_SUFFIX = ".crc"
+LABELS_SUFFIX = ".lab"
+"""Beside a shard: its labels, a little-endian uint32 a sample, so that finding classes is quick."""
 _OPEN_SHARDS = 512
 """Shards kept open at once; a rank reads one a lane, so a few hundred."""
 _RUN_AHEAD = 16
 """Neighbours asked for with a sample: a lane reads them next."""
+_LABEL_FIELDS = re.compile(rb"cls (\d+) %d .*\n" % LABEL_WIDTH)
+"""Where a label lies; it takes the rest of the line, so a line gives one at most."""
 JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _WEBP_START = b"RIFF"
 IMAGE_EXTENSIONS = (b"jpg", b"webp")
@@ -50,11 +56,8 @@ class _OpenShard:
     """One tar, its index lines and, where there are any, its samples' checksums."""
 
     def __init__(self, path: Path) -> None:
-        lines = path.with_suffix(".idx").read_bytes()
-        self.index = lines
-        self.line_ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
-        if not lines.startswith(INDEX_VERSION) or not len(self.line_ends):
-            raise BadSample(f"{path.with_suffix('.idx').name} is no DALI index of version 1.2")
+        self.index = read_index(path.with_suffix(".idx"))
+        self.line_ends = np.flatnonzero(np.frombuffer(self.index, np.uint8) == ord("\n"))
         checksums = path.with_suffix(CHECKSUM_SUFFIX)
         self.checksums = np.fromfile(checksums, "<u4") if checksums.exists() else None
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -137,26 +140,6 @@ class ShardReader:
             except (BadSample, OSError):
                 continue  # reading it will tell
 
-    def labels(self) -> np.ndarray:
-        """(samples,) int64: every label, read from the shards in order.
-
-        Raises:
-            UserError: a label or a shard cannot be read.
-        """
-        found = np.empty(int(self._firsts[-1]), np.int64)
-        for shard, first in enumerate(self._firsts[:-1].tolist()):
-            path = self._directory / self._names[shard]
-            try:
-                handle = self._shard(shard)
-                for number in range(int(self._firsts[shard + 1]) - first):
-                    at, size, _ = handle.members(number)[b"cls"]
-                    found[first + number] = parse_label(
-                        os.pread(handle.descriptor, size, at), self._classes
-                    )
-            except (BadSample, OSError, KeyError) as error:
-                raise UserError(f"cannot read the labels of {path}: {error}") from None
-        return found
-
     def read(self, sample_id: int) -> Sample:
         """The image file and label of a sample, as whole and unchanged as can be told cheaply.
 
@@ -228,6 +211,56 @@ class ShardReader:
             while len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return handle
+
+
+def read_labels(directory: Path, manifest: Manifest) -> np.ndarray:
+    """(samples,) int32: every label, from the label files, or the shards that have none.
+
+    Raises:
+        UserError: a label or a shard cannot be read.
+    """
+    classes = len(manifest.classes)
+    found = np.empty(manifest.samples, np.int32)
+    for shard, first in zip(manifest.shards, manifest.first_ids.tolist(), strict=False):
+        path = directory / shard.name
+        kept = path.with_suffix(LABELS_SUFFIX)
+        try:
+            labels = np.fromfile(kept, "<u4") if kept.exists() else _labels_inside(path, classes)
+        except (BadSample, OSError) as error:
+            raise UserError(f"cannot read the labels of {path}: {error}") from None
+        if len(labels) != shard.samples or (labels >= classes).any():
+            raise UserError(
+                f"cannot read the labels of {path}: not {shard.samples} of {classes} classes"
+            )
+        found[first : first + shard.samples] = labels
+    return found
+
+
+def _labels_inside(path: Path, classes: int) -> np.ndarray:
+    starts = [int(at) for at in _LABEL_FIELDS.findall(read_index(path.with_suffix(".idx")))]
+    with path.open("rb") as stream:
+        descriptor = stream.fileno()
+        texts = [os.pread(descriptor, LABEL_WIDTH, at) for at in starts]
+    known = _known_labels(classes)
+    labels = (known[text] if text in known else parse_label(text, classes) for text in texts)
+    return np.fromiter(labels, np.int32, len(texts))
+
+
+@functools.lru_cache(maxsize=1)
+def _known_labels(classes: int) -> dict[bytes, int]:
+    return {b"%0*d" % (LABEL_WIDTH, label): label for label in range(classes)}
+
+
+def read_index(path: Path) -> bytes:
+    """The lines of a DALI index, its heading first.
+
+    Raises:
+        BadSample: not an index of version 1.2.
+    """
+    lines = path.read_bytes()
+    if not lines.startswith(INDEX_VERSION) or b"\n" not in lines:
+        raise BadSample(f"{path.name} is no DALI index of version 1.2")
+    return lines
 
 
 def parse_label(text: bytes, classes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import numpy as np
 from l2vit.data.config import SubsetConfig
 from l2vit.data.manifest import Manifest
 from l2vit.data.philox import derive_key, uniforms
-from l2vit.data.shards import INDEX_VERSION, ShardReader
+from l2vit.data.shards import BadSample, read_index, read_labels
 from l2vit.errors import ConfigError, UserError
+
+_KEYS = re.compile(rb"\n\S+ \d+ \d+ (\S+)\.")
+"""The key of each line of an index: the first member's name without its extension."""
 
 
 def subset_ids(
@@ -18,8 +22,8 @@ def subset_ids(
 ) -> np.ndarray | None:
     """Sorted ids of the samples that every setting of ``config`` admits; None for all.
 
-    Classes and keys are looked up in the shards: a pass over the indexes for the keys, over the
-    labels for the classes.
+    Keys are looked up in the indexes, classes in the label files beside them (in the shards
+    themselves where there are none).
 
     Raises:
         ConfigError: a list names a class or a key the manifest does not have, or nothing is left.
@@ -66,30 +70,25 @@ def _of_classes(directory: Path, manifest: Manifest, path: Path) -> np.ndarray:
         )
     admitted = np.zeros(len(manifest.classes), bool)
     admitted[[number[name] for name in wanted]] = True
-    return admitted[ShardReader(directory, manifest).labels()]
+    return admitted[read_labels(directory, manifest)]
 
 
 def _with_keys(directory: Path, manifest: Manifest, path: Path) -> np.ndarray:
-    keys = set(_lines(path, "exclude"))
+    wanted = frozenset(line.encode() for line in _lines(path, "exclude"))
     found = np.zeros(manifest.samples, bool)
-    at, missing = 0, set(keys)
-    for shard in manifest.shards:
+    missing = set(wanted)
+    for shard, first in zip(manifest.shards, manifest.first_ids.tolist(), strict=False):
         index = directory / shard.index_name
         try:
-            lines = index.read_text().splitlines()
-        except OSError as error:
-            raise UserError(f"cannot read {index}: {error.strerror or error}") from None
-        if not lines or not lines[0].startswith(INDEX_VERSION.decode()):
-            raise UserError(f"{index} is no DALI index of version 1.2")
-        for line in lines[1:]:
-            name = line.split(" ", 4)[3]
-            key = name.rsplit(".", 1)[0]
-            if key in keys:
-                found[at] = True
-                missing.discard(key)
-            at += 1
+            keys = _KEYS.findall(read_index(index))
+        except (BadSample, OSError) as error:
+            raise UserError(f"cannot read {index}: {error}") from None
+        if len(keys) != shard.samples:
+            raise UserError(f"{index} names {len(keys)} samples, the manifest {shard.samples}")
+        if not wanted.isdisjoint(keys):
+            found[[first + number for number, key in enumerate(keys) if key in wanted]] = True
+            missing.difference_update(keys)
     if missing:
-        raise ConfigError(
-            f"data.subset.exclude: {path} names {min(missing)}, no key in {directory}"
-        )
+        name = min(missing).decode()
+        raise ConfigError(f"data.subset.exclude: {path} names {name}, no key in {directory}")
     return found

@@ -7,7 +7,7 @@ import pytest
 
 from l2vit.data.config import SubsetConfig
 from l2vit.data.subset import subset_ids
-from l2vit.errors import ConfigError
+from l2vit.errors import ConfigError, UserError
 
 
 def ids(shards, seed=0, **settings):
@@ -28,6 +28,39 @@ def test_classes_keys_and_both(shards, tmp_path):
     assert ids(shards, exclude=str(keys)).tolist() == without
     both = ids(shards, classes=str(classes), exclude=str(keys))
     assert both.tolist() == [i for i in of_classes if i in without]
+
+
+def test_label_files_save_reading_the_shards(make_shards, tmp_path):
+    shards = make_shards()
+    classes = tmp_path / "classes.txt"
+    classes.write_text("n00000003")
+    inside = ids(shards, classes=str(classes)).tolist()
+    assert inside == [i for i, label in enumerate(shards.labels) if label == 3]
+    first = 0
+    for shard in shards.manifest.shards:
+        labels = np.array(shards.labels[first : first + shard.samples], "<u4")
+        labels.tofile((shards.directory / shard.name).with_suffix(".lab"))
+        (shards.directory / shard.name).unlink()
+        first += shard.samples
+    assert ids(shards, classes=str(classes)).tolist() == inside
+    labels[:-1].tofile((shards.directory / shard.name).with_suffix(".lab"))
+    with pytest.raises(UserError, match=f"{shard.name}.*{shard.samples} of 10 classes"):
+        ids(shards, classes=str(classes))
+
+
+def test_a_damaged_label_or_index_is_named(make_shards, tmp_path):
+    shards = make_shards()
+    names = tmp_path / "names.txt"
+    names.write_text("n00000003")
+    tar = shards.directory / shards.manifest.shards[2].name
+    tar.write_bytes(tar.read_bytes().replace(b"00003", b"0000x"))
+    with pytest.raises(UserError, match=f"{tar.name}.*0000x"):
+        ids(shards, classes=str(names))
+    names.write_text(shards.keys[0])
+    index = tar.with_suffix(".idx")
+    index.write_text("\n".join(index.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match=index.name):
+        ids(shards, exclude=str(names))
 
 
 def test_a_fraction_is_a_stable_share(shards):

@@ -50,13 +50,15 @@ def damage(kind, directory):
         flip(tar.with_suffix(".crc"), 3)
     elif kind == "no checksums":
         tar.with_suffix(".crc").unlink()
+    elif kind == "labels":
+        flip(tar.with_suffix(".lab"), 4)
     elif kind == "info":
         info = json.loads((directory / "_info.json").read_text())
         info["splits"]["train"]["shard_lengths"][0] -= 1
         (directory / "_info.json").write_text(json.dumps(info))
 
 
-KINDS = ["bit", "cut", "no tar", "no index", "index", "checksums", "no checksums", "info"]
+KINDS = ["bit", "cut", "no tar", "no index", "index", "checksums", "no checksums", "labels", "info"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
