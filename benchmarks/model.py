@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/model.py --out benchmarks/results/model.json
     python benchmarks/model.py --parts time growth --precisions fp32 --rounds 7
-    python benchmarks/model.py --device cuda --batch 256        # compiled, with MFU
+    python benchmarks/model.py --device cuda --batch 0   # compiled, MFU, kernels; as large as fits
 
 Every round runs each model once, in turn, so that a slow moment of the machine hits all alike; the
 figures are medians over the rounds, the ratios those of the medians. Writes a JSON file and, beside
@@ -32,11 +32,21 @@ from transcription import PaperL2ViT
 
 import l2vit
 from l2vit.files import write_json
+from l2vit.models import kernels
 from l2vit.models.count import count_macs
+from l2vit.models.depthwise import depthwise
+from l2vit.models.layers import HEAD_WIDTH
+from l2vit.models.linear_attention import linear_attention
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TINY = ("l2vit_tiny", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "transcription")
 OURS, PEER = TINY[:2]
+BASE = ("l2vit_base", "swin_base_patch4_window7_224")
+STAGES = {
+    f"{name} stage {stage + 1}": (56 >> stage, dim << stage)
+    for name, dim in (("L2ViT-T", 96), ("L2ViT-B", 128))
+    for stage in range(4)
+}
 H100_BF16 = 989e12  # dense bf16 operations per second of H100 SXM and H200, from NVIDIA's sheet
 
 
@@ -174,9 +184,8 @@ def measure_gpu(options: argparse.Namespace) -> dict[str, Any]:
     The operations are those of the model (6 times the forward multiply-adds), whatever the kernels
     do; the peak is ``--peak``.
     """
-    names = ("l2vit_base", "swin_base_patch4_window7_224")
     runs, macs = {}, {}
-    for name in names:
+    for name in BASE:
         macs[name] = count_macs(timm.create_model(name))
         model = build(name, "cuda", torch.bfloat16).train()
         model = model.to(memory_format=torch.channels_last)
@@ -187,10 +196,93 @@ def measure_gpu(options: argparse.Namespace) -> dict[str, Any]:
         runs[name] = partial(step, compiled, images)
     seconds = medians(runs, options.rounds, "cuda")
     rate = {name: options.batch / value for name, value in seconds.items()}
-    mfu = {name: 6 * macs[name] * rate[name] / options.peak for name in names}
+    mfu = {name: 6 * macs[name] * rate[name] / options.peak for name in BASE}
     print("gpu:", *(f"{n} {r:.0f} images/s, MFU {mfu[n]:.1%}" for n, r in rate.items()))
-    ratio = rate[names[0]] / rate[names[1]]
+    ratio = rate[BASE[0]] / rate[BASE[1]]
     return {"images_per_second": rate, "mfu": mfu, "ratio": ratio, "batch": options.batch}
+
+
+def largest_batch(name: str, start: int = 32) -> int:
+    """The largest of 32, 64, ... images whose training step fits the GPU. The step is not compiled:
+    that needs more memory, so what fits here should fit there."""
+    model = build(name, "cuda", torch.bfloat16).train()
+    fitting, batch = 0, start
+    try:
+        while True:
+            step(model, torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16))
+            fitting, batch = batch, 2 * batch
+    except torch.OutOfMemoryError:
+        pass  # outside, where the traceback no longer holds the step's tensors, memory is freed
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    if not fitting:
+        raise SystemExit(f"{name}: not even {start} images fit this GPU; give --batch")
+    return fitting
+
+
+def kernel_cases(side: int, dim: int, batch: int, like: Tensor) -> dict[str, Any]:
+    """What has a kernel, with inputs as a block of that stage gives them: {name: (call, inputs)}"""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=like.device, dtype=like.dtype, requires_grad=True)
+
+    attend = partial(linear_attention, heads=dim // HEAD_WIDTH, clamp=100.0)
+    tokens = (random(batch, side * side, 3 * dim), random(dim // HEAD_WIDTH, 1, 1))
+    cases: dict[str, Any] = {"linear_attention": (attend, tokens)}
+    for size in (3, 7):
+        inputs = (random(batch, side, side, dim), random(dim, 1, size, size), random(dim))
+        cases[f"depthwise {size}x{size}"] = (depthwise, inputs)
+    return cases
+
+
+def measure_kernels(options: argparse.Namespace) -> dict[str, Any]:
+    """Each kernel beside PyTorch, eager and compiled, at the shapes of every stage; then the whole
+    compiled training step of L²ViT-B with and without. Ratios below 1: the kernel is faster."""
+
+    def only_forward(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            call(*inputs)
+
+    def both_ways(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        out = call(*inputs)
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    def switched(on: bool, run: Callable[[], None]) -> None:
+        with kernels.use(on):
+            run()
+
+    result: dict[str, Any] = {}
+    for precision in options.precisions:
+        like = torch.empty(0, device=options.device, dtype=PRECISIONS[precision])
+        for stage, (side, dim) in STAGES.items():
+            for name, (call, inputs) in kernel_cases(side, dim, options.batch, like).items():
+                torch.compiler.reset()
+                compiled = torch.compile(call, dynamic=False)
+                for mode, run in (("forward", only_forward), ("forward+backward", both_ways)):
+                    ways = {
+                        "kernel": partial(switched, True, partial(run, call, inputs)),
+                        "eager": partial(switched, False, partial(run, call, inputs)),
+                        "compiled": partial(switched, False, partial(run, compiled, inputs)),
+                    }
+                    seconds = medians(ways, options.rounds, options.device)
+                    ratios = {
+                        way: seconds["kernel"] / seconds[way] for way in ("eager", "compiled")
+                    }
+                    label = f"{precision} {stage} {name} {mode}"
+                    result[label] = {"seconds": seconds, "kernel_to": ratios}
+                    print(label, *(f"{way} {ratio:.2f}" for way, ratio in ratios.items()))
+    torch.compiler.reset()
+    model = build(BASE[0], options.device, torch.bfloat16)
+    images = torch.randn(options.batch, 3, 224, 224, device=options.device, dtype=torch.bfloat16)
+    whole = partial(step, torch.compile(model.train()), images)
+    ways = {"with": partial(switched, True, whole), "without": partial(switched, False, whole)}
+    seconds = medians(ways, options.rounds, options.device)
+    ratio = seconds["with"] / seconds["without"]
+    used_kernels = [k for k in ("linear_attention", "depthwise") if kernels.chosen(k, images)]
+    result["training step"] = {"seconds": seconds, "with_to_without": ratio, "used": used_kernels}
+    print(f"training step with kernels {used_kernels}: {ratio:.2f} of the time without")
+    return result
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -216,7 +308,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-PARTS = {"time": measure_time, "growth": measure_growth, "memory": measure_memory}
+ON_CPU = {"time": measure_time, "growth": measure_growth, "memory": measure_memory}
+ON_GPU = {"gpu": measure_gpu, "kernels": measure_kernels, "growth": measure_growth}
+PARTS = ON_CPU | ON_GPU
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
@@ -237,12 +331,12 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "gpu"], default=None)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=None)
     parser.add_argument(
         "--precisions", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"]
     )
     parser.add_argument("--models", nargs="+", default=list(TINY), help="timm names")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="0: as large as fits a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: as PyTorch chooses")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -251,10 +345,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    parts = options.parts or (["gpu", "growth"] if options.device == "cuda" else list(PARTS))
+    if options.batch == 0:
+        options.batch = min(largest_batch(name) for name in BASE)
+    parts = options.parts or list(ON_GPU if options.device == "cuda" else ON_CPU)
     result: dict[str, Any] = {"machine": machine(options)}
     for part in parts:
-        result[part] = (PARTS | {"gpu": measure_gpu})[part](options)
+        result[part] = PARTS[part](options)
         gc.collect()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result)
