@@ -74,11 +74,14 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def picture(found: dict[str, Any], path: Path) -> None:
-    """Time and memory against tokens, both axes logarithmic; one column for each mode."""
+    """Time and memory against tokens, both axes logarithmic; one column for each mode. Without
+    any such measurement there is no picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(row["mode"] for row in found["cost"]))
+    if not modes:
+        return
     figure = Figure(figsize=(5.2 * len(modes), 8.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(modes), squeeze=False)
