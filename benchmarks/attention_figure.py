@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ STYLES = {
     "leaky": ("#7570B3", "*"),
 }
 UNITS = {"seconds": 1.0, "bytes": 2**20}
-GAP = 0.075  # between labels, in heights of a panel
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -74,15 +72,14 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def picture(found: dict[str, Any], path: Path) -> None:
-    """Time and memory against tokens, both axes logarithmic; one column for each mode. Without
-    any such measurement there is no picture."""
+    """Time and memory against tokens, both axes logarithmic; one column for each mode."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(row["mode"] for row in found["cost"]))
     if not modes:
         return
-    figure = Figure(figsize=(5.2 * len(modes), 8.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(modes), 8.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(modes), squeeze=False)
     clock = "CPU time" if found["settings"]["device"] == "cpu" else "time"
@@ -90,59 +87,28 @@ def picture(found: dict[str, Any], path: Path) -> None:
         rows = [row for row in found["cost"] if row["mode"] == mode]
         panel(panels[0][column], rows, "seconds", f"{clock} of a {mode} pass (s)")
         panel(panels[1][column], rows, "bytes", f"memory added by a {mode} pass (MiB)")
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle(f"DeiT-Tiny with each attention\n{machine(found)}", fontsize=9)
     with files.atomic_writer(path) as stream:
         figure.savefig(stream, format="png", dpi=150)
 
 
 def panel(axes: Any, rows: list[dict[str, Any]], key: str, label: str) -> None:
-    """A line for each attention, named at its right end."""
-    ends: dict[str, tuple[float, float]] = {}
+    """A line for each attention. Memory below 1 MiB is lost in what was free before: left out."""
     sizes = sorted({row["tokens"] for row in rows})
     for name in dict.fromkeys(row["attention"] for row in rows):
-        points = sorted(
+        points = [
             (row["tokens"], statistics.median(row[key]) / UNITS[key])
             for row in rows
             if row["attention"] == name and key in row
-        )
-        if not points:
-            continue
+        ]
+        points = sorted(point for point in points if key != "bytes" or point[1] >= 1)
         color, marker = STYLES[name]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, lw=1.3)
-        ends[name] = points[-1]
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        axes.plot(x, y, color=color, marker=marker, markersize=5, lw=1.3, label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(sizes[0] * 0.85, sizes[-1] * 3.4)  # room for the names
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    low, high = (math.log(limit) for limit in axes.get_ylim())
-    heights = {name: (math.log(end[1]) - low) / (high - low) for name, end in ends.items()}
-    for name, height in spread(heights).items():
-        axes.annotate(
-            name,
-            xy=ends[name],
-            xytext=(0.80, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": STYLES[name][0], "lw": 0.8, "shrinkB": 4},
-        )
-
-
-def spread(heights: dict[str, float]) -> dict[str, float]:
-    """Heights in [0, 1] moved apart to GAP, as little as that takes and in the same order.
-
-    Names too near form a block around the mean of their heights (pooled adjacent violators)."""
-    names = sorted(heights, key=heights.__getitem__)
-    blocks: list[list[float]] = []  # wanted bottom, number of names
-    for index, name in enumerate(names):
-        blocks.append([heights[name] - index * GAP, 1])
-        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-            bottom, count = blocks.pop()
-            below = blocks[-1]
-            below[0] = (below[0] * below[1] + bottom * count) / (below[1] + count)
-            below[1] += count
-    top = 1.0 - (len(names) - 1) * GAP
-    offsets = [min(max(bottom, 0.0), top) for bottom, count in blocks for _ in range(int(count))]
-    return {n: offsets[index] + index * GAP for index, n in enumerate(names)}
