@@ -93,7 +93,7 @@ def train_loader(
         batches = _dali(feeds, data, device, interpolation=augment.interpolation, batch=micro_batch)
         raw = _augmented(batches, augment)
     finish = Finisher(mean=augment.mean, std=augment.std, device=device)
-    return TrainLoader(raw, finish, log, order=order, ahead=_ahead(data, device), device=device)
+    return TrainLoader(raw, finish, log, order=order, ahead=1, device=device)
 
 
 def _stream_set(
@@ -114,11 +114,6 @@ def _stream_set(
         )
     size, held = data.input_size, data.stream_buffer
     return StreamTrainSet(data.stream, manifest, plan, augment, drawer, size, seed, held)
-
-
-def _ahead(data: DataConfig, device: torch.device) -> int:
-    """Batches finished ahead by a thread: the host's worker processes are ahead already."""
-    return 1 if data.backend == "dali" or device.type == "cuda" else 0
 
 
 def _dali(

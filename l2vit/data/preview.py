@@ -138,7 +138,8 @@ def _row(
 
 def _class(manifest: Manifest, label: int) -> str:
     name = manifest.class_names[label] if manifest.class_names else ""
-    return html.escape(f"{manifest.classes[label]} {name}".strip())
+    wnid = manifest.classes[label]
+    return html.escape(wnid if name in ("", wnid) else f"{wnid} {name}")
 
 
 def _img(pixels: np.ndarray) -> str:
