@@ -1,7 +1,7 @@
 """Linear layers on a CPU without the detours of the general one.
 
 ``torch.nn.functional.linear`` writes the bias into the output and then adds the product to it: one
-more pass over memory. oneDNN adds the bias, and in inference the GELU, on the way out.
+more pass over memory. oneDNN adds the bias, a residual and, in inference, the GELU on the way out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ time than the product that fills them."""
 class Linear(nn.Linear):
     """``nn.Linear`` (B, ..., in) to (B, ..., out) with the bias fused in on CPUs."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if fusible(input, self.weight, self.bias):
-            return _FusedBias.apply(input, self.weight, self.bias)
-        return super().forward(input)
+    def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
+        """The layer's output, plus ``add`` (B, ..., out) if given."""
+        same = add is None or add.dtype == input.dtype
+        if same and fusible(input, self.weight, self.bias):
+            return _FusedBias.apply(input, self.weight, self.bias, add)
+        out = super().forward(input)
+        return out if add is None else add + out
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU of the layer's output."""
@@ -54,20 +57,30 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, after: str) -> Te
 
 class _FusedBias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _pointwise(x, weight, bias, "none")
+        if add is None:
+            return _pointwise(x, weight, bias, "none")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_add = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            grad @ weight if need_x else None,
+            _input_gradient(grad, weight) if need_x else None,
             rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
             rows.sum(0) if need_bias else None,
+            grad if need_add else None,
         )
+
+
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad @ weight``; oneDNN's fp32 product, which has no derivative, beats the general one."""
+    if grad.dtype == torch.float32 and not torch.is_grad_enabled():
+        return _pointwise(grad, weight.t(), None, "none")
+    return grad @ weight
 
 
 def pieces(x: Tensor, width: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from l2vit.models import kernels
+from l2vit.models.dense import fusible
 
 _FAST_COLUMNS = 3
 
@@ -28,6 +29,36 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return depthwise(input, self.weight, self.bias)
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """GELU of the layer's output."""
+        if torch.is_grad_enabled() or not fusible(x, self.weight, self.bias):
+            return F.gelu(self(x))
+        padding, ones = [side // 2 for side in self.weight.shape[2:]], [1, 1]
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x.permute(0, 3, 1, 2),
+            self.weight,
+            self.bias,
+            padding,
+            ones,
+            ones,
+            self.groups,
+            "gelu",
+            [],
+            "none",
+        )
+        return y.permute(0, 2, 3, 1)
+
+    def with_input(self, x: Tensor) -> Tensor:
+        """The layer's output plus its input; in full precision on CPUs one in the middle of the
+        kernel adds it (beside 1, bf16 would round the kernel away)."""
+        eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        exact = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
+        if x.device.type != "cpu" or not eager or not exact or torch.is_autocast_enabled("cpu"):
+            return x + self(x)
+        height, width = (side // 2 for side in self.weight.shape[2:])
+        middle = F.pad(self.weight.new_ones(1, 1, 1, 1), (width, width, height, height))
+        return depthwise(x, self.weight + middle, self.bias)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -313,7 +313,7 @@ class Host(Resizable, Pyramid):
                 f"the model was built for images of {built}, not {tuple(x.shape[-2:])}: "
                 "give it img_size or call set_input_size"
             )
-        return self.stem(x)
+        return super().forward_stem(x)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

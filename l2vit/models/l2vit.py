@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -114,19 +114,26 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), mlp)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention over the whole (B, H, W, dim) map or inside its windows."""
+    def attend(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Attention over the whole (B, H, W, dim) map or inside its windows, plus ``add``."""
         if isinstance(self.attn, WindowAttention):
-            return self.attn(x)
-        return self.attn(x.flatten(1, 2)).view(x.shape)
+            return self.attn(x, add=add)
+        add = add if add is None else add.flatten(1, 2)
+        return self.attn(x.flatten(1, 2), add).view(x.shape)
+
+    def residual(self, x: Tensor, branch: Callable[..., Tensor], norm: nn.Module) -> Tensor:
+        """``x + drop_path(branch(norm(x)))``; unless it may drop, the branch adds x on its way."""
+        if self.training and isinstance(self.drop_path, DropPath):
+            return x + self.drop_path(branch(norm(x)))
+        return branch(norm(x), x)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = x + self.drop_path(self.attend(self.norm1(x)))
+        x = self.residual(x, self.attend, self.norm1)
         x = self.cpe2(x)
         if self.lcm is not None and self.lcm_norm is not None:
             x = x + self.drop_path(self.lcm(self.lcm_norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.residual(x, self.mlp, self.norm2)
 
 
 class L2ViT(Pyramid):

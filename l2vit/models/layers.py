@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from l2vit.models.dense import Linear, pieces
 from l2vit.models.depthwise import DepthwiseConv
@@ -119,7 +121,7 @@ class ConditionalPosition(nn.Module):
         self.conv = DepthwiseConv(dim, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        return self.conv.with_input(x)
 
 
 class LocalConcentration(nn.Module):
@@ -132,12 +134,15 @@ class LocalConcentration(nn.Module):
         self.conv2 = DepthwiseConv(dim, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nchw(F.gelu(self.conv1(x)))
+        x = to_nchw(self.conv1.with_gelu(x))
         return self.conv2(to_nhwc(self.norm(x)))
 
 
 class Mlp(nn.Module):
     """Linear, GELU, linear on the last dimension; the other kinds need (B, H, W, C).
+
+    With ``grad_checkpointing`` a large hidden layer is never whole in memory: its pieces are made
+    once more in the backward pass.
 
     Args:
         dim: channels in and out.
@@ -149,19 +154,18 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, kind: MlpKind = "plain") -> None:
         super().__init__()
         self.kind = kind
+        self.grad_checkpointing = False
         self.fc1 = Linear(dim, hidden)
         self.norm1 = BatchNorm2d(hidden) if kind == "local" else None
         self.conv = DepthwiseConv(hidden, 3) if kind != "plain" else None
         self.norm2 = BatchNorm2d(hidden) if kind == "local" else None
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """The layers' output, plus ``add`` of the same shape if given."""
         if self.kind == "plain":
             count = pieces(x, self.fc1.out_features)
-            if count == 1:
-                return self.fc2(self.fc1.with_gelu(x))
-            parts = x.flatten(0, -2).chunk(count)
-            return torch.cat([self.fc2(self.fc1.with_gelu(part)) for part in parts]).view(x.shape)
+            return self._plain(x, add) if count == 1 else self._in_pieces(x, add, count)
         x = self.fc1(x)
         if self.norm1 is not None:
             x = F.gelu(to_nhwc(self.norm1(to_nchw(x))))
@@ -169,7 +173,18 @@ class Mlp(nn.Module):
             x = self.conv(x)
         if self.norm2 is not None:
             x = to_nhwc(self.norm2(to_nchw(x)))
-        return self.fc2(F.gelu(x))
+        return self.fc2(F.gelu(x), add)
+
+    def _plain(self, x: Tensor, add: Tensor | None) -> Tensor:
+        return self.fc2(self.fc1.with_gelu(x), add)
+
+    def _in_pieces(self, x: Tensor, add: Tensor | None, count: int) -> Tensor:
+        parts = x.flatten(0, -2).chunk(count)
+        adds = [None] * len(parts) if add is None else add.flatten(0, -2).chunk(count)
+        call: Any = self._plain
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            call = partial(checkpoint, self._plain, use_reentrant=False)
+        return torch.cat([call(*pair) for pair in zip(parts, adds, strict=True)]).view(x.shape)
 
 
 def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
@@ -232,8 +247,8 @@ class SoftmaxAttention(nn.Module):
         out = softmax_attention(q, k, v, bias)
         return out.transpose(1, 2).reshape(b, n, c)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.proj(self.attend(x, bias))
+    def forward(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+        return self.proj(self.attend(x, bias), add)
 
 
 class WindowAttention(SoftmaxAttention):
@@ -247,15 +262,16 @@ class WindowAttention(SoftmaxAttention):
         super().__init__(dim, num_heads)
         self.window_size = window_size
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+        """Attention, plus ``add`` (B, H, W, C) if given."""
         h, w, size = x.shape[1], x.shape[2], self.window_size
         x = pad_to_multiple(x, size, size)
         padded_h, padded_w = x.shape[1], x.shape[2]
-        x = super().forward(window_partition(x, size, size), bias)
+        x = self.attend(window_partition(x, size, size), bias)
         x = window_merge(x, size, size, padded_h, padded_w)
         if torch.compiler.is_exporting() or (padded_h, padded_w) != (h, w):
             x = x[:, :h, :w].contiguous()
-        return x
+        return self.proj(x, add)
 
 
 class LinearCore(nn.Module):
@@ -331,8 +347,9 @@ class LinearAttention(LinearCore):
                 observer=self.observer,
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(x))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Attention, plus ``add`` (B, N, C) if given."""
+        return self.proj(self.attend(x), add)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from l2vit.models.layers import frozen_statistics, to_nchw
+from l2vit.models.layers import Mlp, frozen_statistics, to_nchw
 
 
 class Stage(nn.Module):
@@ -30,11 +30,15 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=_recompute_contexts)
-            else:
-                x = block(x)
+            x = _run(block, x, recompute=self.grad_checkpointing)
         return self.norm(x)
+
+
+def _run(module: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """``module(x)``, in training recomputed in the backward pass if asked to."""
+    if recompute and module.training and torch.is_grad_enabled():
+        return checkpoint(module, x, use_reentrant=False, context_fn=_recompute_contexts)
+    return module(x)
 
 
 def _recompute_contexts() -> tuple[Any, Any]:
@@ -78,6 +82,7 @@ class Pyramid(nn.Module):
             {"num_chs": dim, "reduction": 4 << stage, "module": f"stages.{stage}"}
             for stage, dim in enumerate(dims)
         ]
+        self.grad_checkpointing = False
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.norm = norm
@@ -102,9 +107,9 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute stem and blocks in the backward pass instead of keeping their activations."""
         for module in self.modules():
-            if isinstance(module, Stage):
+            if isinstance(module, Pyramid | Stage | Mlp):
                 module.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -169,7 +174,7 @@ class Pyramid(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """The image (B, in_chans, H, W) as the first stage takes it, (B, H/4, W/4, C)."""
-        return self.stem(x)
+        return _run(self.stem, x, recompute=self.grad_checkpointing)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised features of the last stage, (B, H/32, W/32, C)."""

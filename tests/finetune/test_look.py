@@ -40,7 +40,8 @@ def test_every_map_times_the_values_is_the_layers_output(model, images, inputs_s
     """Sec. 11: the q-k-first form is the same function. Checked layer by layer, per head."""
     found = {m.layer: m for m in maps.attention_maps(model, images[:1])}
     assert list(found) == list(inputs_seen) and len(found) == 8
-    for name, (layer, x, output) in inputs_seen.items():
+    for name, (layer, x, _) in inputs_seen.items():
+        output = layer(x)  # what the hook saw has the block's residual in it
         tokens = x.reshape(1, -1, x.shape[-1])
         channels, heads = x.shape[-1], layer.num_heads
         value = layer.qkv(tokens)[..., 2 * channels :]

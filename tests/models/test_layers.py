@@ -1,5 +1,6 @@
 """The parts, each against a plain float64 formula or PyTorch's own."""
 
+import copy
 import math
 import warnings
 
@@ -175,13 +176,70 @@ def test_mlp_in_pieces(monkeypatch):
     whole = mlp(x)
     whole.sum().backward()
     grads = [p.grad.clone() for p in mlp.parameters()]
-    mlp.zero_grad()
     monkeypatch.setattr(dense, "PIECE_BYTES", 1000)
-    pieces = mlp(x)
-    pieces.sum().backward()
-    torch.testing.assert_close(pieces, whole)
-    for parameter, grad in zip(mlp.parameters(), grads, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
+    for recomputed in (False, True):
+        mlp.zero_grad()
+        mlp.grad_checkpointing = recomputed
+        pieces = mlp(x, x)
+        pieces.sum().backward()
+        torch.testing.assert_close(pieces, x + whole)
+        for parameter, grad in zip(mlp.parameters(), grads, strict=True):
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_residual_rides_along(dtype):
+    """Linear, MLP (whole and in pieces) and attentions with ``add`` equal the sum beside them."""
+    torch.manual_seed(0)
+    bound = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}[dtype]
+    layers = [Linear(32, 32), Mlp(32, 64), WindowAttention(32, 1, 4), LinearAttention(32, 1)]
+    for layer in layers:
+        shape = (1, 150, 32) if isinstance(layer, LinearAttention) else (2, 5, 6, 32)
+        x, add, upstream = torch.randn(3, *shape, dtype=dtype)
+        layer = layer.to(dtype)
+        results = []
+        for module, how in ((layer, torch.Tensor.to), (copy.deepcopy(layer).double(), None)):
+            leaves = [t.detach().clone() if how else t.double() for t in (x, add)]
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            out = module(leaves[0], add=leaves[1]) if how else module(leaves[0]) + leaves[1]
+            wrt = (*leaves, *(p for p in module.parameters()))
+            results.append((out, *torch.autograd.grad(out, wrt, upstream.to(out.dtype))))
+        for got, expected in zip(*results, strict=True):
+            error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-3)
+            assert error < bound, type(layer).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_depthwise_with_input_and_with_gelu(dtype, kernel):
+    torch.manual_seed(0)
+    conv, x = DepthwiseConv(8, kernel).to(dtype), torch.randn(2, 5, 9, 8, dtype=dtype)
+    bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    twin = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=8).double()
+    twin.load_state_dict(conv.state_dict())
+    plain = twin(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    got, expected = conv.with_input(x), x.double() + plain
+    torch.testing.assert_close(got, expected.to(dtype), **(bound or {"rtol": 1e-4, "atol": 1e-5}))
+    upstream = torch.randn_like(plain)
+    mine = torch.autograd.grad(got, conv.parameters(), upstream.to(dtype))
+    theirs = torch.autograd.grad(expected, twin.parameters(), upstream, retain_graph=True)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.double() - b).norm() < (2e-2 if bound else 1e-5) * b.norm()
+    with torch.no_grad():
+        low = conv.with_gelu(x)
+    assert low.is_contiguous()
+    bound = bound or {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(low, F.gelu(plain).to(dtype), **bound)
+    torch.testing.assert_close(conv.with_gelu(x), low, **bound)
+
+
+def test_linear_can_be_differentiated_twice():
+    layer, x = Linear(4, 3), torch.randn(2, 4, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    weight = layer.weight.double()
+    hessian = 2 * weight.T @ weight
+    torch.testing.assert_close(second, (2 * first.double() @ hessian).float())
 
 
 @pytest.mark.parametrize("kind", ["pvt2", "local"])
