@@ -149,7 +149,8 @@ def proof_samples(source: Source, images: Path | None, count: int) -> tuple[list
     val = source.training.get("config", {}).get("data", {}).get("val", "")
     if val and Path(val).is_dir():
         return sample_images.samples_at(Path(val), count), f"from {val}"
-    return sample_images.embedded(), "scikit-learn's sample photographs; the run's are not here"
+    missing = "; the run's are not here" if val else ""
+    return sample_images.embedded(), f"scikit-learn's sample photographs{missing}"
 
 
 def _fill(

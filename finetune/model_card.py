@@ -27,7 +27,7 @@ tags:
 |---|---|
 | architecture | `{model}` with {arguments} |
 | input | {size}×{size}, {crop}, bicubic, mean {mean}, std {std} |
-| classes | {classes} (class hash `{class_hash}`) |
+| classes | {classes} ({class_hash}) |
 | weights | {weights} |
 | paper | {paper} |
 
@@ -52,8 +52,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {commands}
 
 ## Limits
-{changed}- Made for the classes and the input size above; other sizes run (window attention pads its
-  windows where they do not divide the grid) but were not measured.
+{changed}- Made for the classes and the input size above; no other size was measured.
 - Probabilities are as trained, with label smoothing and mixing, not calibrated; see the
   calibration error that `finetune.evaluate` reports.
 - It inherits what its training pictures show and leave out. Licences of the pictures and of
@@ -136,7 +135,7 @@ def card(
         mean=list(shown.mean),
         std=list(shown.std),
         classes=source.num_classes,
-        class_hash=source.class_hash[:12] if source.classes else "classes not named",
+        class_hash=f"class hash `{source.class_hash[:12]}`" if source.classes else "not named",
         weights={"ema": "exponential moving average"}.get(source.which, source.which),
         paper=about.get("paper") or "-",
         accuracy=_accuracy(source, full),
@@ -151,8 +150,8 @@ def _origin(source: Source) -> str:
     if source.kind == "checkpoint":
         step, seen = source.training["step"], source.training["images_seen"]
         return f"Exported from `{source.path}` at step {step:,} ({seen:,} images seen)."
-    note = f" {source.note}" if source.note else ""
-    return f"Converted from `{source.path.name}` ({source.kind}).{note}"
+    note = f": {source.note}" if source.note else ""
+    return f"Converted from `{source.path.name}` ({source.kind}){note}."
 
 
 def _accuracy(source: Source, full: dict[str, Any]) -> str:

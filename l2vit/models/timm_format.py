@@ -132,13 +132,17 @@ def _recognise(path: Path, weights: Mapping[str, Tensor]) -> str:
         match = found.fullmatch(name)
         if match and int(match[1]) < len(depths):
             depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
+    if width is None and not any(depths):
+        raise UserError(
+            f"{path} has no tensor named as in L²ViT's files; FLatten and InLine files need their"
+            " network's name (--model of export_timm, --name of evaluate and look)"
+        )
     size = {"embed_dim": 0 if width is None else width.shape[0], "depths": tuple(depths)}
     for model_name, known in SIZES.items():
         if known == size:
             return model_name
     raise UserError(
-        f"{path} is no L²ViT of a known size: {size['embed_dim']} channels, depths {depths} "
-        "(FLatten and InLine files need --model)"
+        f"{path} is no L²ViT of a known size: {size['embed_dim']} channels, depths {depths}"
     )
 
 

@@ -7,6 +7,7 @@ through here, so a new kind of file is one new function.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from l2vit.errors import UserError
 from l2vit.models.families import VARIANTS
 from l2vit.models.families_format import convert_released
 from l2vit.models.host import resize_tables
+from l2vit.models.registry import SIZES
 from l2vit.models.timm_format import convert_authors
 from l2vit.train import checkpoint
 
@@ -290,6 +292,9 @@ def read_released(
     """A file released by a network's authors: THE place that chooses a converter.
 
     Without ``model`` it is an L2ViT file, whose variant its shapes tell.
+
+    Raises:
+        UserError: an unknown ``model``, or a file that is not of it.
     """
     ema = None if weights == "auto" else weights == "ema"
     wishes = {"input_size": input_size or None, "window_size": window_size or None}
@@ -297,6 +302,9 @@ def read_released(
         family = convert_released(path, model, ema=ema, **wishes)
         note = "; ".join(family.report)
         return _released(path, model, family.model_args, family.weights, family.which, note)
+    if model and model not in SIZES:
+        near = ", ".join(difflib.get_close_matches(model, [*VARIANTS, *SIZES])) or "no name"
+        raise UserError(f"{path}: released files of {model!r} are not known; like it: {near}")
     found = convert_authors(path, ema=ema, **wishes)
     if model not in ("", found.model_name):
         raise UserError(f"{path} holds {found.model_name}, not {model}")

@@ -81,7 +81,8 @@ def test_what_is_refused(tmp_path, paper, monkeypatch):
         ({"model": missing}, None, "1 missing (stages.2.blocks.1.lcm.norm.weight)"),
         ({"model": {**good, "norm.bias": torch.ones(3)}}, None, "1 of other shape (norm.bias)"),
         ({"model": good}, True, "model_ema"),
-        ({"model": {"a": torch.ones(1)}}, None, "no L²ViT of a known size"),
+        ({"model": {"a": torch.ones(1)}}, None, "has no tensor named as in L²ViT's files"),
+        ({"model": {"stages.0.0.norm1.weight": torch.ones(7)}}, None, "0 channels, depths [1, 0"),
         ({"model": good, "args": Harm()}, None, "cannot be read"),
     ]
     for content, ema, message in cases:
