@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PHASES = ("setup", "data", "forward", "backward", "reduce", "save", "evaluate", "log")
+PHASES = ("setup", "data", "mix", "forward", "backward", "reduce", "save", "evaluate", "log")
 
 
 @dataclass(frozen=True)

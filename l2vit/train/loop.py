@@ -98,6 +98,7 @@ def _forward_backward(run: Run) -> torch.Tensor:
     for micro_step in range(split.accumulation):
         with clock("data"):
             batch = _next_batch(run)
+        with clock("mix"):
             images, targets = run.mixer(batch, mix=run.state.step < run.mix_until)
         run.metrics.first_pictures(run.state.step, functools.partial(_pictures, run, images))
         run.seed_step(micro_step)
