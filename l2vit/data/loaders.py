@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator
@@ -337,6 +338,8 @@ class _Ahead:
             self._queue: queue.Queue[tuple[Batch | BaseException, torch.cuda.Event | None]]
             self._queue = queue.Queue(depth)
             self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+            # A thread that still computes when the interpreter goes down aborts the process.
+            atexit.register(self.close)
             self._thread.start()
 
     def _work(self) -> None:
@@ -378,6 +381,7 @@ class _Ahead:
         return item
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
