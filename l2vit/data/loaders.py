@@ -94,7 +94,7 @@ def train_loader(
         batches = _dali(feeds, data, device, interpolation=augment.interpolation, batch=micro_batch)
         raw = _augmented(batches, augment)
     finish = Finisher(mean=augment.mean, std=augment.std, device=device)
-    return TrainLoader(raw, finish, log, order=order, ahead=1, device=device)
+    return TrainLoader(raw, finish, log, order=order, device=device)
 
 
 def _stream_set(
@@ -167,12 +167,11 @@ class TrainLoader:
         log: BadSampleLog,
         *,
         order: SampleOrder,
-        ahead: int,
         device: torch.device,
     ) -> None:
         self.order = order
         self._log = log
-        self._batches = _Ahead(self._finished(raw, finish), depth=ahead, device=device)
+        self._batches = _Ahead(self._finished(raw, finish), device)
 
     def _finished(self, raw: Iterator[RawBatch], finish: Finisher) -> Iterator[Batch]:
         for batch in raw:
@@ -323,24 +322,22 @@ class EvalLoader:
 
 
 class _Ahead:
-    """Runs an iterator in a thread, ``depth`` items ahead; depth 0 runs it here.
+    """Runs an iterator in a thread, one item ahead.
 
     On a GPU the thread works on a stream of its own, and an item is handed over with the event
     that says its kernels are done.
     """
 
-    def __init__(self, items: Iterator[Batch], *, depth: int, device: torch.device) -> None:
+    def __init__(self, items: Iterator[Batch], device: torch.device) -> None:
         self._items = items
         self._cuda = device if device.type == "cuda" else None
-        self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        if depth:
-            self._queue: queue.Queue[tuple[Batch | BaseException, torch.cuda.Event | None]]
-            self._queue = queue.Queue(depth)
-            self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
-            # A thread that still computes when the interpreter goes down aborts the process.
-            atexit.register(self.close)
-            self._thread.start()
+        self._queue: queue.Queue[tuple[Batch | BaseException, torch.cuda.Event | None]]
+        self._queue = queue.Queue(1)
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        # A thread that still computes when the interpreter goes down aborts the process.
+        atexit.register(self.close)
+        self._thread.start()
 
     def _work(self) -> None:
         stream = torch.cuda.Stream(self._cuda) if self._cuda else None
@@ -367,8 +364,6 @@ class _Ahead:
                 continue
 
     def __next__(self) -> Batch:
-        if self._thread is None:
-            return next(self._items)
         item, done = self._queue.get()
         if isinstance(item, BaseException):
             raise item
@@ -383,6 +378,5 @@ class _Ahead:
     def close(self) -> None:
         atexit.unregister(self.close)
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
         self._items = iter(())
