@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch.distributed as dist
@@ -97,10 +97,23 @@ class Watchdog:
         port = self._world.broadcast(server.port if server is not None else 0)
         return server or dist.TCPStore(host, port, None, False, _ANSWER, wait_for_workers=False)
 
-    def _watch(self) -> None:
-        beat = min(1.0, self._limit / 8)
+    def _beats(self, beat: float) -> Iterator[tuple[Place, float]]:
+        """Every ``beat`` seconds, where the rank is and how long it has stood there.
+
+        Counted in beats that came on time: while a machine is suspended or gives this process no
+        core the clock goes on, and that is no proof that a rank hangs.
+        """
+        counted, lived, before = -1, 0.0, time.monotonic()
         while not self._stop.wait(beat):
             place, standing = self._clock.place()
+            now = time.monotonic()
+            lived = min(now - before, 2 * beat) + (lived if place.count == counted else 0.0)
+            counted, before = place.count, now
+            yield place, min(standing, lived)
+
+    def _watch(self) -> None:
+        beat = min(1.0, self._limit / 8)
+        for place, standing in self._beats(beat):
             waiting = standing > self._limit / 2 and in_collective()
             self._post(dataclasses.replace(place, waiting=waiting))
             # Setup has phases of its own length: imports, compilation, a slow first batch.
@@ -111,8 +124,7 @@ class Watchdog:
         """End the process although the store does not answer: a dead link blocks its calls."""
         beat = min(1.0, self._limit / 8)
         longest = self._limit + max(16 * beat, _UNANSWERED)
-        while not self._stop.wait(beat):
-            place, standing = self._clock.place()
+        for place, standing in self._beats(beat):
             if standing > longest and place.phase != "setup":
                 print(
                     f"error: rank {self._world.rank} made no progress for {standing:.0f} s in phase"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,26 @@ def test_the_rank_that_came_least_far_is_the_cause():
     assert watchdog.culprits([waiting, Place(7, "backward", 3)]) == [1]
     assert "does not answer" in watchdog.describe([ahead, None], 5)
     assert "network" in watchdog.describe([waiting, waiting], 5)
+
+
+def test_a_machine_that_was_suspended_is_no_hang(monkeypatch):
+    """A minute passes within the third beat; then a step is made."""
+    now, waits, clock = [0.0], iter([1.0, 1.0, 60.0, 1.0]), PhaseClock()
+    dog = watchdog.Watchdog(clock, world=ALONE, limit=0)
+
+    def wait(seconds):
+        now[0] += next(waits, 0.0)
+        return now[0] > 64
+
+    for module in ("l2vit.train.clock.time", "l2vit.train.watchdog.time"):
+        monkeypatch.setattr(module, SimpleNamespace(monotonic=lambda: now[0]))
+    clock._since = 0.0
+    monkeypatch.setattr(dog, "_stop", SimpleNamespace(wait=wait))
+    beats = dog._beats(1.0)
+    assert [next(beats)[1] for _ in range(4)] == [1, 2, 4, 5]
+    with clock("data"):
+        now[0] += 0.25
+        assert next(beats)[1] == 0.25
 
 
 def test_phases_are_timed_and_counted():
