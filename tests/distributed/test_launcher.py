@@ -28,7 +28,6 @@ def launch(path, *overrides):
         [*command, "--config", str(path), *overrides],
         capture_output=True,
         text=True,
-        timeout=240,
         env=environment,
         cwd=ROOT,
     )

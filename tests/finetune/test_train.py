@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,10 @@ from l2vit.train.config import TrainConfig
 from l2vit.train.param_groups import param_groups
 from l2vit.train.schedule import Schedule
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+from forked_ranks import free_port
+
 ROOT = Path(__file__).parents[2]
 RECIPE = {
     "run": {"dir": "set on the command line"},
@@ -39,9 +42,7 @@ RECIPE = {
 
 def launch(config, *overrides, ranks=1, program="finetune.train"):
     """``program`` on ``ranks`` processes, as launch/finetune.sh starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     processes = []
     for rank in range(ranks):
         environment = {
