@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -140,17 +141,24 @@ if {checkpointing}:
     model.set_grad_checkpointing()
 images = torch.randn({batch}, 3, 224, 224)
 step(model, images[:1])
-def peak():  # getrusage would count the parent's peak, which fork hands down
+model.zero_grad(set_to_none=True)
+def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-before = peak()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which building made
 step(model, images)
-print(peak() - before)
+print(status("VmHWM") - before)
 """
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes a training step adds to the process's peak, each in a process of its own."""
+    """Bytes a training step adds to a process at its peak, gradients included, each in a process
+    of its own.
+
+    The C allocator is told to give memory back at once: else holes in its heap, which depend on
+    the order of past allocations, count as memory of the step.
+    """
     cases = {PEER: (PEER, False), OURS: (OURS, False), f"{OURS}, checkpointing": (OURS, True)}
     peak = {}
     for label, (name, checkpointing) in cases.items():
@@ -171,7 +179,12 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
             batch=options.batch,
             threads=torch.get_num_threads(),
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+            capture_output=True,
+            check=True,
+        )
         peak[label] = int(done.stdout.split()[-1]) * 1024
     ratios = {label: value / peak[PEER] for label, value in peak.items()}
     print("memory of a step:", *(f"{n} {v / 2**20:.0f} MiB" for n, v in peak.items()))
