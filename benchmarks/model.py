@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transcription import PaperL2ViT
 
 import l2vit
@@ -131,61 +130,34 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-_CHILD = """
-import sys
-sys.path.insert(0, {here!r})
-from model import *
-torch.set_num_threads({threads})
-model = build({name!r}, "cpu", torch.float32).train()
-if {checkpointing}:
-    model.set_grad_checkpointing()
-images = torch.randn({batch}, 3, 224, 224)
-step(model, images[:1])
-model.zero_grad(set_to_none=True)
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which building made
-step(model, images)
-print(status("VmHWM") - before)
-"""
+def peak_bytes(run: Callable[[], None], device: str) -> int:
+    """What PyTorch's tensors take at once during ``run``, beyond what they took before it, by the
+    books of its allocator. (The process itself adds the holes of the C heap on CPUs.)"""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as books:
+        run()
+    events = books.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [e for e in events if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes a training step adds to a process at its peak, gradients included, each in a process
-    of its own.
-
-    The C allocator is told to give memory back at once: else holes in its heap, which depend on
-    the order of past allocations, count as memory of the step.
-    """
+    """Bytes of a training step at its peak, gradients and activations, weights left out."""
     cases = {PEER: (PEER, False), OURS: (OURS, False), f"{OURS}, checkpointing": (OURS, True)}
+    images = torch.randn(options.batch, 3, 224, 224, device=options.device)
     peak = {}
     for label, (name, checkpointing) in cases.items():
-        if options.device == "cuda":
-            model = build(name, "cuda", torch.float32).train()
-            if checkpointing:
-                model.set_grad_checkpointing()  # type: ignore[operator]
-            images = torch.randn(options.batch, 3, 224, 224, device="cuda")
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step(model, images)
-            peak[label] = torch.cuda.max_memory_allocated() - before
-            continue
-        code = _CHILD.format(
-            here=str(Path(__file__).parent),
-            name=name,
-            checkpointing=checkpointing,
-            batch=options.batch,
-            threads=torch.get_num_threads(),
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-            capture_output=True,
-            check=True,
-        )
-        peak[label] = int(done.stdout.split()[-1]) * 1024
+        model: Any = build(name, options.device, torch.float32).train()
+        if checkpointing:
+            model.set_grad_checkpointing()
+        step(model, images)  # caches exist from now on
+        model.zero_grad(set_to_none=True)
+        peak[label] = peak_bytes(partial(step, model, images), options.device)
     ratios = {label: value / peak[PEER] for label, value in peak.items()}
     print("memory of a step:", *(f"{n} {v / 2**20:.0f} MiB" for n, v in peak.items()))
     return {"bytes": peak, "ratio_to_swin_tiny": ratios}

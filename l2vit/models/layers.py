@@ -202,10 +202,15 @@ def window_partition(x: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(-1, height * width, c)
 
 
-def window_merge(windows: Tensor, height: int, width: int, h: int, w: int) -> Tensor:
-    """Windows of :func:`window_partition` back to the (B, h, w, C) they came from."""
+def window_merge(
+    windows: Tensor, height: int, width: int, h: int, w: int, add: Tensor | None = None
+) -> Tensor:
+    """Windows of :func:`window_partition` back to the (B, h, w, C) they came from, plus ``add``
+    of that shape if given, in one pass."""
     c = windows.shape[-1]
     x = windows.view(-1, h // height, w // width, height, width, c).transpose(2, 3)
+    if add is not None:
+        x = add.view(x.shape) + x
     return x.reshape(-1, h, w, c)
 
 
@@ -267,11 +272,13 @@ class WindowAttention(SoftmaxAttention):
         h, w, size = x.shape[1], x.shape[2], self.window_size
         x = pad_to_multiple(x, size, size)
         padded_h, padded_w = x.shape[1], x.shape[2]
-        x = self.attend(window_partition(x, size, size), bias)
-        x = window_merge(x, size, size, padded_h, padded_w)
-        if torch.compiler.is_exporting() or (padded_h, padded_w) != (h, w):
-            x = x[:, :h, :w].contiguous()
-        return self.proj(x, add)
+        # Projected before they are merged: the windows that the attention keeps for its backward
+        # pass are then the ones that the projection keeps.
+        x = self.proj(self.attend(window_partition(x, size, size), bias))
+        if not torch.compiler.is_exporting() and (padded_h, padded_w) == (h, w):
+            return window_merge(x, size, size, h, w, add)
+        x = window_merge(x, size, size, padded_h, padded_w)[:, :h, :w]
+        return x.contiguous() if add is None else add + x
 
 
 class LinearCore(nn.Module):
