@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from l2vit.models.depthwise import DepthwiseConv
 from l2vit.models.layers import LinearCore, window_merge, window_partition
+from l2vit.models.tracing import exporting
 
 Grid = tuple[int, int]
 
@@ -60,7 +61,7 @@ def join_heads(x: Tensor) -> Tensor:
     """(B, heads, N, d) to (B, N, heads·d)."""
     b, heads, n, d = x.shape
     x = x.transpose(1, 2)
-    if torch.compiler.is_exporting():
+    if exporting():
         # Fused attention leaves its result so that this is a view; what ONNX makes of it does not.
         x = x.clone(memory_format=torch.contiguous_format)
     return x.reshape(b, n, heads * d)

@@ -17,6 +17,7 @@ from torch.nn.grad import conv2d_weight
 
 from l2vit.models import kernels
 from l2vit.models.dense import fusible
+from l2vit.models.tracing import exporting
 
 _FAST_COLUMNS = 3
 
@@ -87,7 +88,7 @@ def _by_columns(x: Tensor, weight: Tensor) -> bool:
         and weight.shape[3] > _FAST_COLUMNS
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
+        and not exporting()
         and not torch.jit.is_tracing()
     )
 

@@ -20,10 +20,12 @@ from l2vit.models.layers import (
     MlpKind,
     WindowAttention,
     pad_to_multiple,
+    shortfall,
     to_nchw,
     to_nhwc,
 )
 from l2vit.models.pyramid import Pyramid, Stage
+from l2vit.models.tracing import certain
 
 StemKind = Literal["conv", "conv4", "patch"]
 MixerKind = Literal["linear", "window"]
@@ -54,8 +56,8 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        bottom, right = -x.shape[2] % 4, -x.shape[3] % 4
-        if torch.compiler.is_exporting() or bottom or right:
+        bottom, right = shortfall(x.shape[2], 4), shortfall(x.shape[3], 4)
+        if not (certain(bottom == 0) and certain(right == 0)):
             x = F.pad(x, (0, right, 0, bottom))
         x = self.layers(x.contiguous(memory_format=torch.channels_last))
         return self.norm(to_nhwc(x))

@@ -26,6 +26,7 @@ from l2vit.models.linear_attention import (
     linear_attention,
     split_heads,
 )
+from l2vit.models.tracing import certain, symbolic
 
 HEAD_WIDTH = 32
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -187,12 +188,17 @@ class Mlp(nn.Module):
         return torch.cat([call(*pair) for pair in zip(parts, adds, strict=True)]).view(x.shape)
 
 
+def shortfall(size: int, multiple: int) -> int:
+    """What ``size`` lacks to a multiple; a form that sympy, unlike the remainder, sees through."""
+    return (size + multiple - 1) // multiple * multiple - size
+
+
 def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
     """Zero-pad (B, H, W, C) on the bottom and right until H, W are multiples of the sizes."""
-    bottom, right = -x.shape[1] % height, -x.shape[2] % width
-    if torch.compiler.is_exporting() or bottom or right:
-        return F.pad(x, (0, 0, 0, right, 0, bottom))
-    return x
+    bottom, right = shortfall(x.shape[1], height), shortfall(x.shape[2], width)
+    if certain(bottom == 0) and certain(right == 0):
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
 def window_partition(x: Tensor, height: int, width: int) -> Tensor:
@@ -227,6 +233,22 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def window_index(h: int, w: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Windows of an (h, w) map as indices, (places,) and (h·w,).
+
+    Returns:
+        The token at each place of each window, h·w at padding; and the place of each token.
+    """
+    down, right = -(-h // size), -(-w // size)
+    inside = torch.arange(size, device=device)
+    y = (torch.arange(down, device=device) * size)[:, None, None, None] + inside[:, None]
+    x = (torch.arange(right, device=device) * size)[:, None, None] + inside
+    tokens = torch.where((y < h) & (x < w), y * w + x, h * w)
+    y, x = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    places = ((y // size * right + x // size) * size + y % size) * size + x % size
+    return tokens.flatten(), places.flatten()
 
 
 class SoftmaxAttention(nn.Module):
@@ -270,15 +292,26 @@ class WindowAttention(SoftmaxAttention):
     def forward(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """Attention, plus ``add`` (B, H, W, C) if given."""
         h, w, size = x.shape[1], x.shape[2], self.window_size
+        if symbolic(h, w):
+            return self.proj(self._attend_by_index(x, bias), add)
         x = pad_to_multiple(x, size, size)
         padded_h, padded_w = x.shape[1], x.shape[2]
         # Projected before they are merged: the windows that the attention keeps for its backward
         # pass are then the ones that the projection keeps.
         x = self.proj(self.attend(window_partition(x, size, size), bias))
-        if not torch.compiler.is_exporting() and (padded_h, padded_w) == (h, w):
+        if certain(padded_h == h) and certain(padded_w == w):
             return window_merge(x, size, size, h, w, add)
         x = window_merge(x, size, size, padded_h, padded_w)[:, :h, :w]
         return x.contiguous() if add is None else add + x
+
+    def _attend_by_index(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """For exporters: windows and crop as views have strides that depend on the open sizes."""
+        b, h, w, c = x.shape
+        area = self.window_size**2
+        tokens, places = window_index(h, w, self.window_size, x.device)
+        x = F.pad(x.reshape(b, h * w, c), (0, 0, 0, 1)).index_select(1, tokens)
+        x = self.attend(x.view(-1, area, c), bias).view(b, -1, c)
+        return x.index_select(1, places).view(b, h, w, c)
 
 
 class LinearCore(nn.Module):
@@ -326,7 +359,7 @@ class LinearCore(nn.Module):
     def _multiply_qk_first(self, tokens: int) -> bool:
         if self.order != "auto":
             return self.order == "qk"
-        return not torch.compiler.is_exporting() and tokens < self.head_width
+        return certain(tokens < self.head_width)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """What each query gives each key, (B, heads, N, n), with q, k after ReLU."""

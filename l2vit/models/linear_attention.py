@@ -97,9 +97,9 @@ def linear_attention(
     fused = not qk_first and observer is None and qkv.shape[2] // (3 * heads) in _KERNEL_WIDTHS
     if fused and kernels.chosen("linear_attention", qkv):
         return torch.ops.l2vit.linear_attention(qkv, scale, heads, clamp)[0]
-    direct = qkv.device.type == "cpu" and qkv.shape[1] >= _WORTH_IT and not qk_first
-    direct = direct and observer is None
-    if direct and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    direct = eager and qkv.device.type == "cpu" and observer is None and not qk_first
+    if direct and qkv.shape[1] >= _WORTH_IT:
         return _ByHeads.apply(qkv, scale, heads, clamp)
     return plain(qkv, scale, heads, clamp, qk_first=qk_first, observer=observer)
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 import l2vit  # noqa: F401
+from l2vit.models.tracing import export_any_size
 
+SIZES = [(1, 75, 131), (3, 64, 64), (2, 33, 250), (1, 224, 224), (2, 34, 33)]
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
@@ -38,6 +41,77 @@ def test_compiles_into_one_graph(backend):
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), plain(images), rtol=1e-3, atol=1e-4)
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def short():
+    """Both kinds of blocks and a down-sampling."""
+    torch.manual_seed(0)
+    return timm.create_model("l2vit_mini", num_classes=5, depths=(2, 2)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("short", 224, 0),
+        ("short", 75, 1 + 1 + 2),  # the image, the down-sampling, the window attentions
+        pytest.param("model", 224, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_graph_pads_only_what_must_be_padded(name, size, expected, request):
+    """A needless pad is a copy of the feature map."""
+    plain, graphs = request.getfixturevalue(name), []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    compiled = torch.compile(plain, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), plain(images), rtol=1e-3, atol=1e-4)
+    (targets,) = graphs
+    assert sum("constant_pad" in target for target in targets) == expected
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_compiles_for_any_size(short):
+    compiled = torch.compile(short, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 3, 75, 131), (3, 3, 98, 150)):
+            images = torch.randn(shape)
+            torch.testing.assert_close(compiled(images), short(images), rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_export_with_any_size(short):
+    module = export_any_size(short, torch.randn(2, 3, 75, 131)).module(check_guards=False)
+    for count, *size in SIZES:
+        images = torch.randn(count, 3, *size)
+        torch.testing.assert_close(module(images), short(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_whole_model_with_any_size(model, tmp_path):
+    """Through a .pt2 file, and through ONNX in onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = export_any_size(model, torch.randn(2, 3, 75, 131))
+    torch.export.save(program, tmp_path / "model.pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module(check_guards=False)
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(program, (), path, input_names=["images"], dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for count, *size in [*SIZES, (1, 800, 1333)]:
+        images = torch.randn(count, 3, *size)
+        with torch.no_grad():
+            expected = model(images)
+            torch.testing.assert_close(module(images), expected, rtol=1e-3, atol=1e-4)
+        (got,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_export_with_any_batch(model):
