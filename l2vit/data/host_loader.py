@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.context
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,6 +28,10 @@ from l2vit.data.pixel_ops import apply_ops
 from l2vit.data.plan import EvalPlan, TrainPlan, Work
 from l2vit.data.raw import Erasing, RawBatch
 from l2vit.data.shards import ShardReader
+from l2vit.errors import UserError
+
+_SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+"""What a user or a scheduler may send to all processes of a run so that it saves and stops."""
 
 
 def _decoded(
@@ -143,16 +150,12 @@ def host_batches(
     numbers: Iterable[int] | None = itertools.count() if count is None else range(count)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         numbers = None  # it counts by itself
-    context = None
-    if workers:
-        # Not forked from this process: it has threads (DALI, gloo, NCCL) whose locks a fork would
-        # copy held. The server the workers are forked from has imported what they need, once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+    else:
+        dataset = _Telling(dataset)
     loader = torch.utils.data.DataLoader(
         dataset,
-        multiprocessing_context=context,
-        worker_init_fn=functools.partial(_end_with, _lifeline(os.getpid())[0]),
+        multiprocessing_context=_server() if workers else None,
+        worker_init_fn=functools.partial(_begin, _lifeline(os.getpid())[0]),
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
@@ -160,7 +163,51 @@ def host_batches(
         collate_fn=_unchanged,
         pin_memory=pin,
     )
-    return iter(loader)
+    return _told(iter(loader))
+
+
+@dataclass
+class _Telling(torch.utils.data.Dataset[Any]):
+    """Gives a user's error back instead of raising it: torch would bury it in a traceback."""
+
+    inner: torch.utils.data.Dataset[RawBatch]
+
+    def __getitem__(self, number: int) -> RawBatch | UserError:
+        try:
+            return self.inner[number]
+        except UserError as error:
+            return error
+
+
+def _told(items: Iterator[RawBatch | UserError]) -> Iterator[RawBatch]:
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that loads pictures was killed ({str(error).splitlines()[0]}); if the"
+            " machine ran out of memory, lower data.threads or data.prefetch"
+        ) from error
+
+
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Where workers are forked from: a process that has imported what they need, once.
+
+    Not from this one: it has threads (DALI, gloo, NCCL) whose locks a fork would copy held. The
+    server and its workers begin with the signals of ``_SPARED`` blocked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 @functools.cache
@@ -169,12 +216,20 @@ def _lifeline(process: int) -> tuple[Connection, Connection]:
     return multiprocessing.Pipe(duplex=False)
 
 
-def _end_with(lifeline: Connection, worker: int) -> None:
-    """In a worker: end when the other end of ``lifeline`` has closed.
+def _begin(lifeline: Connection, worker: int) -> None:
+    """In a worker: outlive the signals that ask a run to save, but not the run.
+
+    Slurm and terminals signal every process of a job, and the step under way may still need
+    batches. torch ends a worker that does not answer by SIGTERM: the second one is obeyed.
 
     torch's workers watch their parent, which here is the server; the server waits for the
-    workers. After a SIGKILL of the run both would stay for ever.
+    workers. After a SIGKILL of the run both would stay for ever. So a worker ends when the other
+    end of ``lifeline`` has closed.
     """
+    for number in _SPARED - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SPARED)
 
     def watch() -> None:
         lifeline.poll(None)

@@ -27,6 +27,9 @@ from l2vit.data.shards import ShardReader
 from l2vit.data.subset import subset_ids
 from l2vit.errors import ConfigError
 
+_PATIENCE = 60.0
+"""Seconds to wait for the batch being made when a loader is closed: a pipe may hang for ever."""
+
 
 def train_loader(
     data: DataConfig,
@@ -332,6 +335,7 @@ class _Ahead:
         self._items = items
         self._cuda = device if device.type == "cuda" else None
         self._stop = threading.Event()
+        self._ended: BaseException | None = None
         self._queue: queue.Queue[tuple[Batch | BaseException, torch.cuda.Event | None]]
         self._queue = queue.Queue(1)
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
@@ -364,8 +368,11 @@ class _Ahead:
                 continue
 
     def __next__(self) -> Batch:
+        if self._ended is not None:
+            raise self._ended  # nothing more will come: waiting would never end
         item, done = self._queue.get()
         if isinstance(item, BaseException):
+            self._ended = item
             raise item
         if done is not None:
             current = torch.cuda.current_stream(self._cuda)
@@ -378,5 +385,6 @@ class _Ahead:
     def close(self) -> None:
         atexit.unregister(self.close)
         self._stop.set()
-        self._thread.join()
+        self._ended = self._ended or RuntimeError("the loader is closed")
+        self._thread.join(_PATIENCE)
         self._items = iter(())

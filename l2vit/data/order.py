@@ -79,7 +79,7 @@ class SampleOrder:
         most = self.samples // (MIN_CHUNKS_PER_LANE * global_batch)
         self.chunk = max(1, min(chunk, most))
         self._key_parts = (manifest_hash, seed)
-        self._plan: _EpochPlan | None = None
+        self._plans: dict[int, _EpochPlan] = {}
 
     def epoch_ids(self, epoch: int) -> np.ndarray:
         """The whole sequence of ``epoch``: (steps_per_epoch · global_batch,) int64 sample ids."""
@@ -123,9 +123,11 @@ class SampleOrder:
         return int(self._subset[at % self.samples])
 
     def _plan_of(self, epoch: int) -> _EpochPlan:
-        plan = self._plan
-        if plan is None or plan.epoch != epoch:
-            plan = self._plan = self._make_plan(epoch)
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._make_plan(epoch)
+            # two are kept: where epochs meet, batches of both are under way
+            self._plans = {**dict(list(self._plans.items())[-1:]), epoch: plan}
         return plan
 
     def _make_plan(self, epoch: int) -> _EpochPlan:

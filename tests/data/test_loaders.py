@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -228,6 +231,26 @@ def test_workers_do_not_outlive_a_killed_run(shards):
     assert run.stdout.readline() == b"ready\n"
     run.kill()
     assert run.communicate(timeout=300)[0] == b""
+
+
+def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):
+    """Slurm and terminals signal all processes; the step under way still needs its batches."""
+    others = set(multiprocessing.active_children())
+    loader = make_train(shards, "host", threads=1, micro=4)
+    next(loader)
+    (worker,) = set(multiprocessing.active_children()) - others
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    expected = take(make_train(shards, "host", threads=0, micro=4), 9)
+    for batch in expected[1:]:
+        assert torch.equal(next(loader).images, batch.images)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"pictures was killed \(DataLoader worker.*data.threads"):
+        [next(loader) for _ in range(9)]
+    loader.close()
+    with pytest.raises(UserError):
+        next(loader)
+    assert worker not in multiprocessing.active_children()
 
 
 def test_webp_shards_load(tmp_path, pictures):

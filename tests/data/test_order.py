@@ -99,6 +99,14 @@ def test_a_rank_reads_in_runs_and_a_batch_mixes_all_chunks():
     assert chunks.mean() > 58  # of 64 samples
 
 
+def test_batches_of_two_epochs_under_way_share_their_plans(monkeypatch):
+    order, made = make(16), []
+    monkeypatch.setattr(order, "_cut", lambda key, cut=order._cut: made.append(key) or cut(key))
+    for epoch in (0, 1, 0, 1, 1, 2, 1, 2):
+        np.testing.assert_array_equal(order.epoch_ids(epoch), make(16).epoch_ids(epoch))
+    assert len(made) == 3 and len(order._plans) == 2
+
+
 def test_batch_ids_follow_images_seen():
     order = make(16)
     epoch = order.steps_per_epoch * 16
