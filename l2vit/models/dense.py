@@ -1,7 +1,8 @@
 """Linear layers on a CPU without the detours of the general one.
 
 ``torch.nn.functional.linear`` writes the bias into the output and then adds the product to it: one
-more pass over memory. oneDNN adds the bias, a residual and, in inference, the GELU on the way out.
+more pass over memory. oneDNN adds the bias and, in inference, the GELU on the way out. It would add
+a residual more slowly than a pass over the fresh output does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Linear(nn.Linear):
         """The layer's output, plus ``add`` (B, ..., out) if given."""
         same = add is None or add.dtype == input.dtype
         if same and fusible(input, self.weight, self.bias):
-            return _FusedBias.apply(input, self.weight, self.bias, add)
+            call = _FusedBias.apply if torch.is_grad_enabled() else _with_residual
+            return call(input, self.weight, self.bias, add)
         out = super().forward(input)
         return out if add is None else add + out
 
@@ -55,13 +57,16 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, after: str) -> Te
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "none")
 
 
+def _with_residual(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Tensor:
+    out = _pointwise(x, weight, bias, "none")
+    return out if add is None else out.add_(add)
+
+
 class _FusedBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if add is None:
-            return _pointwise(x, weight, bias, "none")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+        return _with_residual(x, weight, bias, add)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
