@@ -86,10 +86,11 @@ class BadSampleLog:
         path: JSON lines shared by the ranks of a run and kept when it resumes; None to only count.
         rank: written into each line.
         limit: most bad samples over all ranks that share ``path``.
+        directory: of the shards, for messages.
     """
 
-    def __init__(self, path: Path | None, *, rank: int, limit: int) -> None:
-        self._path, self._rank = path, rank
+    def __init__(self, path: Path | None, *, rank: int, limit: int, directory: Path) -> None:
+        self._path, self._rank, self._directory = path, rank, directory
         self.limit = limit
         self._seen: set[int] = set()
 
@@ -106,13 +107,21 @@ class BadSampleLog:
         self._append([item for item in fresh if item.sample_id not in self._seen])
         self._seen.update(item.sample_id for item in fresh)
         if not complete or len(self._seen) > self.limit:
-            last = bad[-1]
-            where = f"; all are in {self._path}" if self._path else ""
-            raise UserError(
-                f"{len(self._seen)} unusable samples, more than data.max_bad_samples="
-                f"{self.limit}; the last on rank {self._rank}: {last.key} in {last.shard}"
-                f" ({last.reason}){where}; check the shards with `python -m data_prep verify`"
-            )
+            raise UserError(self._verdict(bad[-1]))
+
+    def _verdict(self, last: BadRecord) -> str:
+        many = f"more than data.max_bad_samples={self.limit}"
+        if len(self._seen) <= self.limit:
+            many = "and no good one is left to take their place"
+        again = f"mend the shards with `python -m data_prep verify {self._directory} --repair`"
+        listed = ""
+        if self._path:
+            listed = f"; all are in {self._path}"
+            again += f", move {self._path.name} away and run again"
+        return (
+            f"{len(self._seen)} unusable samples, {many}; the last on rank {self._rank}:"
+            f" {last.key} in {last.shard} ({last.reason}){listed}; {again}"
+        )
 
     def _append(self, fresh: list[BadRecord]) -> None:
         if self._path is None or not fresh:
@@ -152,3 +161,23 @@ class BadSampleLog:
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a crash counts for nothing
         return seen
+
+
+class NoBadSamples:
+    """For evaluation, which is exact or fails: refuses the first unusable sample."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def record(self, bad: list[BadRecord], *, complete: bool = True) -> None:
+        """Pass what is sound.
+
+        Raises:
+            UserError: anything is bad; names it.
+        """
+        if bad:
+            raise UserError(
+                f"cannot evaluate on {self._directory}: {bad[0].key} in {bad[0].shard} is unusable"
+                f" ({bad[0].reason}), and an evaluation leaves no image out; mend the shards with"
+                f" `python -m data_prep verify {self._directory} --repair`"
+            )

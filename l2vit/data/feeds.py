@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from l2vit.data import host_ops
-from l2vit.data.bad_samples import BadSampleLog, Fetched, fetch
+from l2vit.data.bad_samples import BadSampleLog, Fetched, NoBadSamples, fetch
 from l2vit.data.dali_loader import Feed
 from l2vit.data.draws import Drawer, Drawn
 from l2vit.data.plan import EvalPlan, TrainPlan
@@ -90,7 +90,7 @@ class EvalFeeds:
     input_size: int
     crop_fraction: float
     crop_mode: str
-    log: BadSampleLog
+    log: NoBadSamples
 
     def __call__(self, number: int, *, strict: bool) -> Feed:
         work = self.plan.work(number)

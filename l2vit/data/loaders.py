@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from l2vit.data.bad_samples import BadSampleLog
+from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.dali_loader import DaliBatches
@@ -79,7 +79,7 @@ def train_loader(
     plan.work(0)  # refuse an impossible images_seen here, not in a worker
     drawer = Drawer(augment, input_size=data.input_size, seed=seed)
     reader = ShardReader(directory, manifest)
-    log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples)
+    log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=directory)
     if data.backend == "host":
         dataset: torch.utils.data.Dataset[RawBatch]
         if data.stream:
@@ -207,6 +207,7 @@ def eval_loader(
     world: int,
     batch: int,
     device: torch.device,
+    hw_decoder_load: float = 0.65,
 ) -> EvalLoader:
     """Every image of a shard directory once over all ranks, as timm evaluates (bicubic).
 
@@ -224,6 +225,7 @@ def eval_loader(
         world: number of ranks.
         batch: most images in a batch.
         device: where batches go.
+        hw_decoder_load: share of the JPEGs for a GPU's hardware decoder (dali).
 
     Raises:
         UserError: no finished shard directory, or (while iterating) an image that cannot be used:
@@ -232,7 +234,7 @@ def eval_loader(
     manifest = Manifest.load(directory)
     plan = EvalPlan(manifest.samples, rank, world, batch)
     reader = ShardReader(directory, manifest)
-    log = BadSampleLog(None, rank=rank, limit=0)
+    log = NoBadSamples(directory)
     finish = Finisher(mean=mean, std=std, device=device)
     makers: _HostEval | _DaliEval
     if backend == "host":
@@ -246,7 +248,12 @@ def eval_loader(
         makers = _HostEval(dataset, threads, prefetch, device.type == "cuda", plan.filled)
     else:
         feeds = EvalFeeds(reader, plan, input_size, crop_fraction, crop_mode, log)
-        settings = DataConfig(threads=max(1, threads), prefetch=prefetch, input_size=input_size)
+        settings = DataConfig(
+            threads=max(1, threads),
+            prefetch=prefetch,
+            input_size=input_size,
+            hw_decoder_load=hw_decoder_load,
+        )
         makers = _DaliEval(
             _dali(feeds, settings, device, interpolation="bicubic", batch=batch, count=plan.filled)
         )
@@ -296,7 +303,7 @@ class EvalLoader:
         plan: EvalPlan,
         raw: _HostEval | _DaliEval,
         finish: Finisher,
-        log: BadSampleLog,
+        log: NoBadSamples,
         input_size: int,
     ) -> None:
         self.manifest = manifest

@@ -6,10 +6,12 @@ and never mapped: a shard that vanishes under a mapping would kill the process.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
 import re
+import resource
 import threading
 import zlib
 from collections import OrderedDict
@@ -27,8 +29,11 @@ INDEX_VERSION = b"v1.2"
 CHECKSUM_SUFFIX = ".crc"
 LABELS_SUFFIX = ".lab"
 """Beside a shard: its labels, a little-endian uint32 a sample, so that finding classes is quick."""
-_OPEN_SHARDS = 512
-"""Shards kept open at once; a rank reads one a lane, so a few hundred."""
+_OPEN_SHARDS = 2048
+"""Shards kept open at once, where so many may be: a rank reads one a lane."""
+_OTHER_FILES = 256
+"""Descriptors left to the rest of the process."""
+_NOT_THE_SAMPLES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _RUN_AHEAD = 16
 """Neighbours asked for with a sample: a lane reads them next."""
 _LABEL_FIELDS = re.compile(rb"cls (\d+) %d .*\n" % LABEL_WIDTH)
@@ -52,28 +57,25 @@ class Sample:
     label: int
 
 
-class _OpenShard:
-    """One tar, its index lines and, where there are any, its samples' checksums."""
+class _Index:
+    """Where the lines of a shard's index lie, and its samples' checksums where there are any.
+
+    Eight bytes a sample: a rank has all shards of a data set under way, in time. The lines
+    themselves stay in their file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.index = read_index(path.with_suffix(".idx"))
-        self.line_ends = np.flatnonzero(np.frombuffer(self.index, np.uint8) == ord("\n"))
+        text = np.frombuffer(read_index(path.with_suffix(".idx")), np.uint8)
+        self.line_ends = np.flatnonzero(text == ord("\n")).astype(np.uint32)
         checksums = path.with_suffix(CHECKSUM_SUFFIX)
         self.checksums = np.fromfile(checksums, "<u4") if checksums.exists() else None
-        self.descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
-        # the last reader of an evicted shard closes it, in whatever thread that is
-        descriptor = getattr(self, "descriptor", None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def members(self, number: int) -> dict[bytes, tuple[int, int, bytes]]:
+    def members(self, number: int, descriptor: int) -> dict[bytes, tuple[int, int, bytes]]:
         """Offset, size and name of each member of sample ``number``, by extension."""
         if not 0 <= number < len(self.line_ends) - 1:
             raise BadSample(f"the index has no sample {number}")
-        line = self.index[self.line_ends[number] + 1 : self.line_ends[number + 1]]
-        fields = line.split(b" ")
+        start, stop = self.line_ends[number : number + 2].tolist()
+        fields = os.pread(descriptor, stop - start - 1, start + 1).split(b" ")
         try:
             return {
                 fields[i]: (int(fields[i + 1]), int(fields[i + 2]), fields[i + 3])
@@ -81,6 +83,21 @@ class _OpenShard:
             }
         except (ValueError, IndexError):
             raise BadSample(f"malformed index line {number + 2}") from None
+
+
+class _OpenShard:
+    """The descriptors of a tar and of its index."""
+
+    def __init__(self, path: Path) -> None:
+        self.tar = self.lines = -1
+        self.tar = os.open(path, os.O_RDONLY)
+        self.lines = os.open(path.with_suffix(".idx"), os.O_RDONLY)
+
+    def __del__(self) -> None:
+        # the last reader of an evicted shard closes it, in whatever thread that is
+        for descriptor in (self.tar, self.lines):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 class ShardReader:
@@ -98,6 +115,8 @@ class ShardReader:
 
     def _reset(self) -> None:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._indexes: dict[int, _Index] = {}
+        self._most_open = _may_open(min(_OPEN_SHARDS, len(self._names)))
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -118,12 +137,13 @@ class ShardReader:
         return self._names[self.locate(sample_id)[0]]
 
     def key(self, sample_id: int) -> str:
-        """The sample's key, or "?" where its index cannot be read."""
+        """The sample's key; its number in the shard where the index cannot be read."""
         shard, number = self.locate(sample_id)
         try:
-            members = self._shard(shard).members(number)
+            with (self._directory / self._names[shard]).with_suffix(".idx").open("rb") as lines:
+                members = self._index(shard).members(number, lines.fileno())
         except (BadSample, OSError):
-            return "?"
+            return f"sample {number}"
         name = next(iter(members.values()))[2]
         return name.rsplit(b".", 1)[0].decode(errors="replace")
 
@@ -132,11 +152,12 @@ class ShardReader:
         for sample_id in sample_ids.tolist():
             shard, number = self.locate(sample_id)
             try:
-                handle = self._shard(shard)
-                last = min(number + _RUN_AHEAD, len(handle.line_ends) - 2)
-                start = min(at for at, _, _ in handle.members(number).values())
-                stop = max(at + size for at, size, _ in handle.members(last).values())
-                os.posix_fadvise(handle.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+                index, opened = self._index(shard), self._shard(shard)
+                last = min(number + _RUN_AHEAD, len(index.line_ends) - 2)
+                start = min(at for at, _, _ in index.members(number, opened.lines).values())
+                ends = index.members(last, opened.lines).values()
+                stop = max(at + size for at, size, _ in ends)
+                os.posix_fadvise(opened.tar, start, stop - start, os.POSIX_FADV_WILLNEED)
             except (BadSample, OSError):
                 continue  # reading it will tell
 
@@ -148,21 +169,26 @@ class ShardReader:
 
         Raises:
             BadSample: missing, short, changed or malformed.
+            UserError: the process may not open more files, or is out of memory.
         """
         shard, number = self.locate(sample_id)
         try:
             return self._read(shard, number, sample_id)
-        except OSError as error:
+        except OSError:
             with self._lock:  # the file may have been replaced: look again
                 self._open.pop(shard, None)
+                self._indexes.pop(shard, None)
             try:
                 return self._read(shard, number, sample_id)
-            except OSError:
-                raise BadSample(f"{self._names[shard]}: {error.strerror or error}") from None
+            except OSError as error:
+                what = f"{error.filename or self._names[shard]}: {error.strerror or error}"
+                if error.errno in _NOT_THE_SAMPLES_FAULT:
+                    raise UserError(f"cannot read {what}") from None
+                raise BadSample(what) from None
 
     def _read(self, shard: int, number: int, sample_id: int) -> Sample:
-        handle = self._shard(shard)
-        members = handle.members(number)
+        index, opened = self._index(shard), self._shard(shard)
+        members = index.members(number, opened.lines)
         try:
             extension = next(name for name in IMAGE_EXTENSIONS if name in members)
             image_at, size, _ = members[extension]
@@ -171,13 +197,13 @@ class ShardReader:
             raise BadSample("the index names no .jpg (or .webp) and .cls for it") from None
         start = min(image_at, label_at)
         stop = max(image_at + size, label_at + label_size)
-        data = os.pread(handle.descriptor, stop - start, start)
+        data = os.pread(opened.tar, stop - start, start)
         if len(data) < stop - start:
             raise BadSample("the shard ends before the sample does")
         image = data[image_at - start : image_at - start + size]
         text = data[label_at - start : label_at - start + label_size]
-        if handle.checksums is not None:
-            self._check_sum(handle.checksums, number, image, text)
+        if index.checksums is not None:
+            self._check_sum(index.checksums, number, image, text)
             self._check_contract(text, f"{self._directory / self._names[shard]} sample {number}")
         else:
             check_frame(image)
@@ -197,20 +223,37 @@ class ShardReader:
         if checksum(image, label) != int(sums[number]):
             raise BadSample("checksum differs from the one recorded")
 
+    def _index(self, shard: int) -> _Index:
+        index = self._indexes.get(shard)
+        if index is None:
+            index = self._indexes[shard] = _Index(self._directory / self._names[shard])
+        return index
+
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():
             self._reset()
         with self._lock:
-            handle = self._open.get(shard)
-            if handle is not None:
+            opened = self._open.get(shard)
+            if opened is not None:
                 self._open.move_to_end(shard)
-                return handle
-        handle = _OpenShard(self._directory / self._names[shard])
+                return opened
+        opened = _OpenShard(self._directory / self._names[shard])
         with self._lock:
-            handle = self._open.setdefault(shard, handle)
-            while len(self._open) > _OPEN_SHARDS:
+            opened = self._open.setdefault(shard, opened)
+            while len(self._open) > self._most_open:
                 self._open.popitem(last=False)
-        return handle
+        return opened
+
+
+def _may_open(shards: int) -> int:
+    """How many shards a process may keep open, its limit raised for ``shards`` where it can be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * shards + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else max(soft, min(wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        shards = min(shards, (soft - _OTHER_FILES) // 2)
+    return max(1, shards)
 
 
 def read_labels(directory: Path, manifest: Manifest) -> np.ndarray:

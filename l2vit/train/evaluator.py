@@ -93,6 +93,7 @@ class Evaluator:
             world=self._world.size,
             batch=config.eval.batch,
             device=self._world.device,
+            hw_decoder_load=config.data.hw_decoder_load,
         )
         columns = class_columns(manifest.classes, loader.manifest.classes, name)
         if columns is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -97,7 +98,11 @@ def test_a_vanished_shard_stops_the_run_at_the_limit(make_shards, tmp_path, back
         with pytest.raises(UserError, match=rf"^\d+ unus.*max_bad_samples=3.*rank 2.*{gone}"):
             [next(loader) for _ in range(8)]
     loader.close()
-    assert 3 < len(log.read_text().splitlines()) < 14
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert 3 < len(lines) < 14
+    for line in lines:  # the index is still there and tells the keys
+        assert line["key"] == shards.keys[line["sample_id"]]
+        assert line["reason"].endswith(f"{gone}: No such file or directory")
     enough = epochs(make(shards, backend, limit=13, threads=threads), 4)
     ids = np.concatenate([batch.sample_ids for batch in enough])
     assert not np.isin(ids, np.arange(13, 26)).any() and (ids == 26).sum() > 1
@@ -122,7 +127,8 @@ def test_evaluation_refuses_damage(make_shards, backend):
         batch=8,
         device=torch.device("cpu"),
     )
-    with pytest.raises(UserError, match=shards.keys[30]):
+    told = rf"cannot evaluate.*{shards.keys[30]} in shard-000002.tar.*verify {shards.directory} --r"
+    with pytest.raises(UserError, match=told):
         list(loader)
 
 
@@ -147,6 +153,26 @@ def test_without_checksums_dali_still_survives_what_it_cannot_decode(make_shards
     assert json.loads(log.read_text())["key"] == shards.keys[victim]
 
 
+def test_more_shards_than_may_be_open(shards, monkeypatch):
+    monkeypatch.setattr("l2vit.data.shards._may_open", lambda shards: 2)
+    reader = ShardReader(shards.directory, shards.manifest)
+    for sample in np.random.default_rng(0).permutation(60).tolist():
+        reader.announce(np.array([sample]))
+        found = reader.read(sample)
+        assert (found.image, found.label) == (shards.images[sample], shards.labels[sample])
+        assert reader.key(sample) == shards.keys[sample] and len(reader._open) <= 2
+
+
+def test_too_many_open_files_is_no_fault_of_the_sample(shards, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files", "shard-000000.tar")
+
+    reader = ShardReader(shards.directory, shards.manifest)
+    monkeypatch.setattr("l2vit.data.shards.os.open", refuse)
+    with pytest.raises(UserError, match=r"shard-000000.tar: Too many open files"):
+        reader.read(0)
+
+
 @pytest.mark.parametrize("name, text", [("idx", b"v1.2 13\n"), ("idx", b""), ("crc", b"\0\0\0\0")])
 def test_a_broken_side_file_is_not_believed(make_shards, name, text):
     shards = make_shards()
@@ -161,18 +187,18 @@ def test_the_limit_counts_each_sample_once_over_all_ranks(tmp_path):
     from l2vit.data.bad_samples import BadRecord
 
     path = tmp_path / "bad_samples.jsonl"
-    logs = [BadSampleLog(path, rank=rank, limit=3) for rank in range(2)]
+    logs = [BadSampleLog(path, rank=rank, limit=3, directory=tmp_path) for rank in range(2)]
     bad = [BadRecord(i, f"k{i}", "shard-000000.tar", "gone") for i in range(5)]
     logs[0].record(bad[:2])
     logs[1].record(bad[1:3])
     logs[0].record(bad[:2])
     assert len(path.read_text().splitlines()) == 3
-    with pytest.raises(UserError, match="4 unusable samples"):
+    with pytest.raises(UserError, match=rf"4 unus.*in {path}; .*verify {tmp_path} --repair`, move"):
         logs[1].record(bad[3:4])
     with path.open("a") as stream:
         stream.write('{"sample_id": 9')  # cut off by a crash
     with pytest.raises(UserError, match="5 unusable samples"):
-        BadSampleLog(path, rank=0, limit=3).record(bad[4:])
+        BadSampleLog(path, rank=0, limit=3, directory=tmp_path).record(bad[4:])
     assert json.loads(path.read_text().splitlines()[-1])["sample_id"] == 4
 
 
