@@ -119,6 +119,58 @@ def test_depthwise(dtype, shape, size, with_bias, monkeypatch):
     compare(torch.ops.l2vit.depthwise, correlate, (x, weight, bias), dtype)
 
 
+@pytest.mark.parametrize("place", [5, 40, 70])  # in q, k and v of head 1
+def test_nan_goes_where_the_formula_takes_it(place):
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 40, 3 * 32)
+    qkv[0, 33, place] = float("nan")
+    qkv.requires_grad_()
+    upstream = torch.randn(1, 40, 32)
+    found = []
+    for call in (torch.ops.l2vit.linear_attention, linear_attention.plain):
+        out = call(qkv, None, 2, 3.0)
+        out = out if torch.is_tensor(out) else out[0]
+        found.append((out.isnan(), torch.autograd.grad(out, qkv, upstream)[0].isnan()))
+    for got, expected in zip(*found, strict=True):
+        assert expected.any() and not expected.all()
+        assert torch.equal(got, expected)
+
+
+def test_strides_do_not_matter():
+    """Slices and transposes of inputs, parameters and the incoming gradient."""
+    torch.manual_seed(0)
+    qkv, scale = torch.randn(40, 2, 7 * 48)[..., 48:192].transpose(0, 1), torch.rand(3, 1, 2)
+    upstream = torch.randn(2, 48, 40).transpose(1, 2)
+    x, weight = (
+        torch.randn(2, 6, 3, 4).permute(0, 2, 3, 1),
+        torch.randn(3, 3, 1, 12).permute(3, 2, 0, 1),
+    )
+    cases = [
+        (
+            lambda *a: torch.ops.l2vit.linear_attention(*a, 3, 9.0)[0],
+            [qkv, scale[..., :1]],
+            upstream,
+        ),
+        (torch.ops.l2vit.depthwise, [x, weight[::2], torch.randn(6, 2)[:, 0]], x.flip(1)),
+    ]
+    for call, inputs, grad in cases:
+        found = []
+        for copied in (False, True):
+            given = [t.contiguous() if copied else t for t in inputs]
+            given = [t.detach().requires_grad_() for t in given]
+            out = call(*given)
+            found.append((out, *torch.autograd.grad(out, given, grad)))
+        for got, expected in zip(*found, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_gradients_have_the_strides_that_compilers_are_told():
+    """One channel: the padded sums could pass for the kernel's gradient without a copy."""
+    x, weight = torch.randn(1, 2, 3, 1), torch.randn(1, 1, 7, 7)
+    for grad in torch.ops.l2vit.depthwise_backward(x, weight, x):
+        assert grad.stride() == torch.empty(grad.shape).stride()
+
+
 def test_operators_keep_pytorchs_rules():
     """Schema, fake tensors, autograd registration, tracing with symbolic shapes."""
     qkv = torch.randn(1, 20, 96, requires_grad=True)

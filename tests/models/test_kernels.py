@@ -44,31 +44,50 @@ POINTERS = ("qkv", "x", "out", "grad", "grad_qkv", "weight", "bias")
 SUMS = ("context", "total", "scale", "part", "grad_context", "grad_total", "grad_scale")
 
 
-@pytest.mark.parametrize(("kind", "architecture"), [("bf16", 80), ("bf16", 90), ("fp32", 90)])
-@pytest.mark.parametrize(("module", "name", "constants"), CASES, ids=[c[1] for c in CASES])
-def test_compiles_without_a_gpu(module, name, constants, kind, architecture, tmp_path, monkeypatch):
-    """To machine code for A100 and H100: shared memory fits, no register is spilled."""
+def build(module, name, constants, kind, architecture):
+    """A kernel compiled as on a GPU: "bf16" or "fp32" tensors, sizes that are not constants."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     loaded = pytest.importorskip(f"l2vit.models.kernels.{module}")
     if module == "linear_attention":
         precision = "ieee" if kind == "fp32" else "tf32"
-        constants = constants | ATTENTION | {"PRECISION": precision}
+        constants = ATTENTION | {"PRECISION": precision} | constants
     kernel = getattr(loaded, name)
     signature = dict.fromkeys(kernel.arg_names, "i32") | {"clamp": "fp32"}
     signature |= dict.fromkeys(POINTERS, f"*{kind}") | dict.fromkeys(SUMS, "*fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {argument: signature[argument] for argument in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("bf16", 80), ("bf16", 90), ("fp32", 90)])
+@pytest.mark.parametrize(("module", "name", "constants"), CASES, ids=[c[1] for c in CASES])
+def test_compiles_without_a_gpu(module, name, constants, kind, architecture, tmp_path, monkeypatch):
+    """To machine code for A100 and H100: shared memory fits, no register is spilled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    built = build(module, name, constants, kind, architecture)
     assert built.metadata.shared <= 99 * 1024
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", used.stdout) == ["0", "0"]
+
+
+ONES = ("tokens", "heads", "blocks", "splits", "rows", "height", "width", "channels", "across")
+
+
+@pytest.mark.parametrize(("module", "name", "constants"), CASES, ids=[c[1] for c in CASES])
+def test_compiles_where_sizes_are_one(module, name, constants, tmp_path, monkeypatch):
+    """Triton makes a constant of every argument that is 1 (one split, one tile across, ...), which
+    has none of a tensor's methods; heads of 16 beside it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    arguments = getattr(pytest.importorskip(f"l2vit.models.kernels.{module}"), name).arg_names
+    ones = {argument: 1 for argument in (*ONES, "chunk") if argument in arguments}
+    narrow = {"D": 16} if module == "linear_attention" else {}
+    assert build(module, name, constants | ones | narrow, "fp16", 90).asm["cubin"]
 
 
 @pytest.fixture
@@ -103,6 +122,14 @@ def test_a_kernel_that_fails_is_left_alone(able):
     able(check)
     with pytest.warns(UserWarning, match="depthwise is not used.*RuntimeError: out of resource$"):
         assert not kernels.chosen("depthwise", torch.zeros(1))
+
+
+def test_a_graph_being_captured_is_not_the_place_for_the_check(able, monkeypatch):
+    able(lambda device, dtype: ([torch.ones(1)],) * 2)
+    capturing = [True, False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.pop(0))
+    assert [kernels.chosen("depthwise", torch.zeros(1)) for _ in range(3)] == [False, True, True]
 
 
 def test_switch_and_types(able, monkeypatch):

@@ -50,6 +50,8 @@ def _proven(kernel: str, kind: str, index: int) -> bool:
         return False
     key = (kernel, index)
     if key not in _verdicts:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # a graph cannot hold the check; a later call makes it
         _verdicts[key] = _capable(index) and _agrees(kernel, torch.device(kind, index))
     return _verdicts[key]
 

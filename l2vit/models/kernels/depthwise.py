@@ -124,7 +124,7 @@ def _forward(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
         forward_kernel[(b * h * across, triton.cdiv(c, block_c))](
             x,
             taps,
-            x if bias is None else bias,
+            x if bias is None else bias.contiguous(),
             out,
             h,
             w,
@@ -177,7 +177,7 @@ def depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor,
             BLOCK_W=block_w,
             BLOCK_C=block_c,
         )
-    grad_weight = part.sum(0)[:, :size].permute(2, 0, 1).reshape(weight.shape)
+    grad_weight = part.sum(0)[:, :size].permute(2, 0, 1).reshape(weight.shape).contiguous()
     return grad_x, grad_weight, grad.sum((0, 1, 2), dtype=torch.float32)
 
 

@@ -28,6 +28,12 @@ def _tokens(index: tl.tensor, tokens: tl.tensor, BLOCK: tl.constexpr) -> tl.tupl
 
 
 @triton.jit
+def _at_least(x: tl.tensor, bound: tl.tensor) -> tl.tensor:
+    """As PyTorch has it, NaN stays NaN: a lost run must not look healthy."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def context_kernel(
     qkv: tl.tensor,
     context: tl.tensor,
@@ -50,7 +56,7 @@ def context_kernel(
     for index in range(split * blocks, (split + 1) * blocks):
         rows, valid = _tokens(index, tokens, BLOCK)
         at = start + rows * 3 * width + columns[None, :]
-        k = tl.maximum(tl.load(at + width, mask=valid, other=0.0).to(tl.float32), 0.0)
+        k = _at_least(tl.load(at + width, mask=valid, other=0.0).to(tl.float32), 0.0)
         v = tl.load(at + 2 * width, mask=valid, other=0.0).to(tl.float32)
         product += tl.dot(tl.trans(k), v, input_precision=PRECISION)
         summed += tl.sum(k, 0)
@@ -83,10 +89,10 @@ def out_kernel(
     rows, valid = _tokens(tl.program_id(1), tokens, BLOCK)
     at = (first + rows) * width + (pair % heads) * D + columns[None, :]
     q = tl.load(qkv + at + (first + rows) * 2 * width, mask=valid, other=0.0).to(tl.float32)
-    q = tl.maximum(q, 0.0)
+    q = _at_least(q, 0.0)
     product = tl.load(context + pair * D * D + columns[:, None] * D + columns[None, :])
     summed = tl.load(total + pair * D + columns)
-    weight = 1.0 / tl.maximum(tl.sum(q * summed[None, :], 1), clamp)
+    weight = 1.0 / _at_least(tl.sum(q * summed[None, :], 1), clamp)
     if HAS_SCALE:
         weight *= tl.load(scale + pair % heads).to(tl.float32)
     mixed = tl.dot(q, product, input_precision=PRECISION) * weight[:, None]
@@ -132,10 +138,10 @@ def query_gradient_kernel(
         rows, valid = _tokens(index, tokens, BLOCK)
         at = (first + rows) * width + (pair % heads) * D + columns[None, :]
         fused = at + (first + rows) * 2 * width
-        q = tl.maximum(tl.load(qkv + fused, mask=valid, other=0.0).to(tl.float32), 0.0)
+        q = _at_least(tl.load(qkv + fused, mask=valid, other=0.0).to(tl.float32), 0.0)
         upstream = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
         denominator = tl.sum(q * summed[None, :], 1)
-        inverse = 1.0 / tl.maximum(denominator, clamp)
+        inverse = 1.0 / _at_least(denominator, clamp)
         mixed = tl.dot(q, product, input_precision=PRECISION)
         along = tl.sum(upstream * mixed, 1) * inverse
         grad_factor += along
@@ -143,7 +149,7 @@ def query_gradient_kernel(
         grad_denominator = tl.where(denominator >= clamp, -factor * along * inverse, 0.0)
         grad_q = tl.dot(grad_mixed, tl.trans(product), input_precision=PRECISION)
         grad_q += grad_denominator[:, None] * summed[None, :]
-        grad_q = tl.where(q > 0, grad_q, 0.0)
+        grad_q = tl.where(q == 0, 0.0, grad_q)
         tl.store(grad_qkv + fused, grad_q.to(grad_qkv.dtype.element_ty), mask=valid)
         grad_product += tl.dot(tl.trans(q), grad_mixed, input_precision=PRECISION)
         grad_summed += tl.sum(q * grad_denominator[:, None], 0)
@@ -171,12 +177,12 @@ def key_value_gradient_kernel(
     columns = tl.arange(0, D)
     rows, valid = _tokens(tl.program_id(1), tokens, BLOCK)
     at = ((pair // heads) * tokens + rows) * 3 * width + (pair % heads) * D + columns[None, :]
-    k = tl.maximum(tl.load(qkv + at + width, mask=valid, other=0.0).to(tl.float32), 0.0)
+    k = _at_least(tl.load(qkv + at + width, mask=valid, other=0.0).to(tl.float32), 0.0)
     v = tl.load(qkv + at + 2 * width, mask=valid, other=0.0).to(tl.float32)
     product = tl.load(grad_context + pair * D * D + columns[:, None] * D + columns[None, :])
     summed = tl.load(grad_total + pair * D + columns)
     grad_k = tl.dot(v, tl.trans(product), input_precision=PRECISION) + summed[None, :]
-    grad_k = tl.where(k > 0, grad_k, 0.0)
+    grad_k = tl.where(k == 0, 0.0, grad_k)
     grad_v = tl.dot(k, product, input_precision=PRECISION)
     kind = grad_qkv.dtype.element_ty
     tl.store(grad_qkv + at + width, grad_k.to(kind), mask=valid)
@@ -202,7 +208,7 @@ def linear_attention(
     qkv: Tensor, scale: Tensor | None, heads: int, clamp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, N, heads·d), kᵀ v (B·heads, d, d) and Σ k (B·heads, d), the last two in fp32."""
-    qkv = qkv.contiguous()
+    qkv, scale = qkv.contiguous(), scale if scale is None else scale.contiguous()
     b, n, width = qkv.shape
     splits, blocks, every, constants = _plan(qkv, heads)
     d, pairs = constants["D"], b * heads
@@ -247,6 +253,7 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv, in its layout, and of the scale, (heads, 1, 1) in fp32."""
     qkv, grad = qkv.contiguous(), grad.contiguous()
+    scale = scale if scale is None else scale.contiguous()
     b, n, _ = qkv.shape
     splits, blocks, every, constants = _plan(qkv, heads)
     d, pairs = constants["D"], b * heads
