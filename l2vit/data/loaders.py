@@ -117,7 +117,8 @@ def _stream_set(
             f" ({plan.share.world} ranks × {max(1, data.threads)} workers)"
         )
     size, held = data.input_size, data.stream_buffer
-    return StreamTrainSet(data.stream, manifest, plan, augment, drawer, size, seed, held)
+    directory = Path(data.train)
+    return StreamTrainSet(data.stream, directory, manifest, plan, augment, drawer, size, seed, held)
 
 
 def _dali(

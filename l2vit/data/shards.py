@@ -67,8 +67,7 @@ class _Index:
     def __init__(self, path: Path) -> None:
         text = np.frombuffer(read_index(path.with_suffix(".idx")), np.uint8)
         self.line_ends = np.flatnonzero(text == ord("\n")).astype(np.uint32)
-        checksums = path.with_suffix(CHECKSUM_SUFFIX)
-        self.checksums = np.fromfile(checksums, "<u4") if checksums.exists() else None
+        self.checksums = read_checksums(path)
 
     def members(self, number: int, descriptor: int) -> dict[bytes, tuple[int, int, bytes]]:
         """Offset, size and name of each member of sample ``number``, by extension."""
@@ -323,6 +322,12 @@ def parse_label(text: bytes, classes: int) -> int:
 def checksum(image: bytes, label: bytes) -> int:
     """What a checksum file records of a sample: CRC-32 (zlib) of the image, then of the label."""
     return zlib.crc32(label, zlib.crc32(image))
+
+
+def read_checksums(shard: Path) -> np.ndarray | None:
+    """(samples,) uint32 of the tar at ``shard``; None where it has no checksum file."""
+    path = shard.with_suffix(CHECKSUM_SUFFIX)
+    return np.fromfile(path, "<u4") if path.exists() else None
 
 
 def check_frame(image: bytes) -> None:

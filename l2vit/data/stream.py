@@ -14,10 +14,12 @@ What is done to a sample is the same as everywhere: drawn by (seed, epoch, sampl
 from __future__ import annotations
 
 import itertools
+import operator
 import shlex
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +34,14 @@ from l2vit.data.manifest import Manifest
 from l2vit.data.philox import derive_key, permutation, uniforms
 from l2vit.data.plan import TrainPlan, Work
 from l2vit.data.raw import RawBatch
-from l2vit.data.shards import IMAGE_EXTENSIONS, BadSample, Sample, parse_label
+from l2vit.data.shards import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    Sample,
+    checksum,
+    parse_label,
+    read_checksums,
+)
 
 _SHELL = {"s3": "aws s3 cp {url} -"}
 """Schemes webdataset does not open by itself."""
@@ -47,6 +56,8 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
 
     url: str
     """Where a shard is: an address or ``pipe:`` command in which {shard} stands for its name."""
+    directory: Path
+    """Where the manifest was; checksum files there are used."""
     manifest: Manifest
     plan: TrainPlan
     augment: AugmentConfig
@@ -111,39 +122,66 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
         self, reader: int, readers: int, bad: list[BadRecord]
     ) -> Iterator[tuple[Sample, str, str]]:
         """This reader's samples, pass after pass over shards shuffled anew; ends if none come."""
-        shards, firsts = self.manifest.shards, self.manifest.first_ids
+        count = len(self.manifest.shards)
         for turn in itertools.count():
             key = derive_key("stream shards", self.seed, self.plan.images_seen, turn)
             found = False
-            for shard in permutation(key, len(shards))[reader::readers].tolist():
-                for item in self._shard(shards[shard].name, int(firsts[shard]), bad):
+            for shard in permutation(key, count)[reader::readers].tolist():
+                for item in self._shard(shard, bad):
                     found = True
                     yield item
             if not found:
                 return
 
-    def _shard(
-        self, name: str, first: int, bad: list[BadRecord]
-    ) -> Iterator[tuple[Sample, str, str]]:
-        classes, sample_id, image = len(self.manifest.classes), first - 1, b""
+    def _shard(self, number: int, bad: list[BadRecord]) -> Iterator[tuple[Sample, str, str]]:
+        shard, sample_id = self.manifest.shards[number], int(self.manifest.first_ids[number])
+        end = sample_id + shard.samples
+        sums = read_checksums(self.directory / shard.name)
         try:
             with (
-                gopen(address(self.url, name), "rb") as stream,
+                gopen(address(self.url, shard.name), "rb") as stream,
                 tarfile.open(fileobj=stream, mode="r|") as tar,
             ):
-                for member in tar:
-                    key, _, extension = member.name.rpartition(".")
-                    content = tar.extractfile(member)
-                    data = content.read() if content else b""
-                    if extension.encode() in IMAGE_EXTENSIONS:
-                        sample_id, image = sample_id + 1, data
-                        continue
+                for key, members in _grouped(tar):
+                    if sample_id == end:
+                        raise ValueError(f"more than the manifest's {shard.samples} samples")
                     try:
-                        yield Sample(sample_id, image, parse_label(data, classes)), key, name
+                        image, label = self._checked(members, sums, sample_id - end)
+                        yield Sample(sample_id, image, label), key, shard.name
                     except BadSample as error:
-                        bad.append(BadRecord(sample_id, key, name, str(error)))
+                        bad.append(BadRecord(sample_id, key, shard.name, str(error)))
+                    sample_id += 1
+            if sample_id < end:
+                raise ValueError(f"{end - sample_id} of {shard.samples} samples did not come")
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-            bad.append(BadRecord(sample_id + 1, "?", name, f"the stream broke: {error}"))
+            reason = f"the stream broke: {error}"
+            bad.append(BadRecord(min(sample_id, end - 1), "?", shard.name, reason))
+
+    def _checked(
+        self, members: dict[bytes, bytes], sums: np.ndarray | None, at: int
+    ) -> tuple[bytes, int]:
+        """Image and label of one sample; ``at`` counts from the end of its shard."""
+        image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+        label = members.get(b"cls")
+        if image is None or label is None:
+            raise BadSample("it has no .jpg (or .webp) or no .cls")
+        if sums is not None and (-at > len(sums) or checksum(image, label) != int(sums[at])):
+            raise BadSample("checksum differs from the one recorded")
+        return image, parse_label(label, len(self.manifest.classes))
+
+
+def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[bytes, bytes]]]:
+    """Neighbours that share a key, in whatever order: (key, content by extension)."""
+
+    def members() -> Iterator[tuple[str, bytes, bytes]]:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is not None:
+                key, _, extension = member.name.rpartition(".")
+                yield key, extension.encode(), content.read()
+
+    for key, group in itertools.groupby(members(), key=operator.itemgetter(0)):
+        yield key, {extension: data for _, extension, data in group}
 
 
 def address(url: str, shard: str) -> str:

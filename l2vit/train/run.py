@@ -291,7 +291,8 @@ def _load_manifest(config: TrainConfig, world: World) -> Manifest:
     manifest: Manifest | None = None
     try:
         manifest = Manifest.load(Path(config.data.train))
-        manifest.require_shards(Path(config.data.train))
+        if not config.data.stream:
+            manifest.require_shards(Path(config.data.train))
     except UserError as error:
         problem = error
     world.agree(problem)

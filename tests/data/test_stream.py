@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,6 +17,9 @@ from l2vit.data.draws import Drawer
 from l2vit.data.loaders import train_loader
 from l2vit.data.stream import address
 from l2vit.errors import ConfigError, UserError
+from l2vit.train import run
+from l2vit.train.config import TrainConfig
+from l2vit.train.distributed import World
 
 
 def make(shards, *, rank=0, world=1, threads=0, seen=0, limit=10, log=None, **options):
@@ -88,6 +94,54 @@ def test_a_broken_stream_is_left_and_recorded(make_shards, tmp_path):
         next(make(shards))
 
 
+def rewritten(shards, number, change):
+    """Write a shard again with its members, [(name, content)], as ``change`` gives them."""
+    path = shards.directory / shards.manifest.shards[number].name
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in change(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def by_name(members):
+    """Other makers' way: .cls before .jpg, a member nobody asked for, a picture missing."""
+    more = [(name.replace("jpg", "json"), b"{}") for name, _ in members if "jpg" in name]
+    return [item for item in sorted(members + more) if item[0] != "s000030.jpg"]
+
+
+def test_pictures_and_labels_meet_by_key(make_shards, tmp_path):
+    shards = make_shards(checksums=False)
+    for number in range(5):
+        rewritten(shards, number, by_name)
+    log = tmp_path / "bad.jsonl"
+    loader = make(shards, log=log)
+    for _ in range(14):
+        batch = next(loader)
+        assert batch.labels.tolist() == [shards.labels[i] for i in batch.sample_ids]
+        assert 30 not in batch.sample_ids
+    (line,) = map(json.loads, log.read_text().splitlines())
+    assert line["key"] == "s000030" and line["sample_id"] == 30 and "no .jpg" in line["reason"]
+
+
+def test_checksums_beside_the_manifest_are_used(make_shards, tmp_path):
+    """A changed digit is still a label: only the checksum tells."""
+    shards = make_shards()
+    rewritten(shards, 1, lambda m: [(n, b"00009" if n == "s000014.cls" else d) for n, d in m])
+    rewritten(shards, 3, lambda members: members[:-2])
+    log = tmp_path / "bad.jsonl"
+    loader = make(shards, train=str(shards.directory), log=log)
+    ids = np.concatenate([next(loader).sample_ids for _ in range(18)])
+    assert not {14, 51} & set(ids.tolist())
+    reasons = {(r := json.loads(x))["sample_id"]: r["reason"] for x in log.read_text().splitlines()}
+    assert reasons == {
+        14: "checksum differs from the one recorded",
+        51: "the stream broke: 1 of 13 samples did not come",
+    }
+
+
 def test_settings_that_cannot_be_are_refused(shards):
     with pytest.raises(ConfigError, match="5 shards are too few for 6 readers"):
         make(shards, world=3, threads=2)
@@ -98,6 +152,21 @@ def test_settings_that_cannot_be_are_refused(shards):
     ]:
         with pytest.raises(ConfigError, match=what):
             from_tree(DataConfig, wrong)
+
+
+def test_a_run_that_streams_needs_the_manifest_alone(shards, tmp_path):
+    shutil.copy(shards.directory / "manifest.json", tmp_path)
+    tree = {
+        "run": {"dir": str(tmp_path)},
+        "model": {"name": "l2vit_mini"},
+        "schedule": {"global_batch": 4},
+        "data": {"train": str(tmp_path), "backend": "host", "stream": "pipe:cat {shard}"},
+    }
+    world = World(0, 1, 0, 1, torch.device("cpu"), "none")
+    assert run._load_manifest(from_tree(TrainConfig, tree), world) == shards.manifest
+    del tree["data"]["stream"]
+    with pytest.raises(UserError, match="missing shard file"):
+        run._load_manifest(from_tree(TrainConfig, tree), world)
 
 
 def test_addresses():

@@ -45,6 +45,7 @@ def server(shards):
 
 def right_labels(shards, loader, batches: int) -> np.ndarray:
     found = [next(loader) for _ in range(batches)]
+    loader.close()
     for batch in found:
         assert batch.labels.tolist() == [shards.labels[i] for i in batch.sample_ids]
     return np.concatenate([batch.sample_ids for batch in found])
