@@ -26,9 +26,11 @@ from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.loaders import train_loader
 from l2vit.data.manifest import Manifest
 from l2vit.data.mixing import Mixer
+from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
 
 BACKENDS: tuple[Literal["host", "dali"], ...] = ("host", "dali")
+_TITLES = {"host": "host", "dali": "DALI", "mixed": "mixed"}
 _STYLE = """body{font:14px sans-serif;margin:2em;max-width:80em}
 table{border-collapse:collapse}td,th{padding:6px;text-align:left;vertical-align:top}
 img{display:block;image-rendering:pixelated;min-width:96px}"""
@@ -61,14 +63,14 @@ def first_batch(
     images_seen: int,
     global_batch: int,
 ) -> Batch:
-    """The first ``images`` places of a step, on the CPU, whatever ``data`` says of workers."""
+    """The first ``images`` places of a step, on the CPU."""
     loader = train_loader(
         data,
         augment,
         manifest=manifest,
         seed=seed,
         rank=0,
-        world=global_batch // images,
+        world=1,
         micro_batch=images,
         global_batch=global_batch,
         device=torch.device("cpu"),
@@ -88,7 +90,8 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
     """
     manifest = Manifest.load(Path(settings.data.train))
     batches = {}
-    for backend in BACKENDS:
+    backends = BACKENDS[:1] if settings.data.stream else BACKENDS  # DALI reads no streams
+    for backend in backends:
         data = dataclasses.replace(settings.data, backend=backend, threads=int(backend == "dali"))
         batches[backend] = first_batch(
             data,
@@ -107,7 +110,10 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
         name: to_bytes(batch.images, mean, std) for name, batch in batches.items()
     }
     pictures["mixed"] = to_bytes(mixed, mean, std)
-    apart = np.abs(pictures["host"].astype(int) - pictures["dali"]).mean()
+    compared = "DALI reads no streams."
+    if "dali" in pictures:
+        apart = np.abs(pictures["host"].astype(int) - pictures["dali"]).mean()
+        compared = f"Mean difference of the backends: {apart:.3f} of 255."
     rows = [
         _row(manifest, batches["host"], i, {k: v[i] for k, v in pictures.items()}, targets[i])
         for i in range(images)
@@ -115,9 +121,10 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
     head = (
         f"<h1>{html.escape(manifest.dataset)} {html.escape(manifest.split)}</h1>"
         f"<p>Step at {images_seen:,} images seen, seed {settings.run.seed}, epoch"
-        f" {batches['host'].epoch}. Mean difference of the backends: {apart:.3f} of 255.</p>"
+        f" {batches['host'].epoch}. {compared}</p>"
     )
-    names = "<tr><th>sample</th><th>host</th><th>DALI</th><th>mixed</th><th>target</th></tr>"
+    columns = "".join(f"<th>{_TITLES[name]}</th>" for name in pictures)
+    names = f"<tr><th>sample</th>{columns}<th>target</th></tr>"
     title = "<!doctype html><meta charset=utf-8><title>What the model sees</title>"
     return f"{title}<style>{_STYLE}</style>{head}<table>{names}{''.join(rows)}</table>\n"
 
@@ -131,7 +138,7 @@ def _row(
         f"{_class(manifest, c)}: {share:.3f}"
         for share, c in zip(shares.tolist(), at.tolist(), strict=True)
     ]
-    cells = "".join(f"<td>{_img(pictures[name])}</td>" for name in (*BACKENDS, "mixed"))
+    cells = "".join(f"<td>{_img(pictures[name])}</td>" for name in pictures)
     sample = f"{label}<br>sample {batch.sample_ids[i]}<br>position {batch.positions[i]}"
     return f"<tr><td>{sample}</td>{cells}<td>{'<br>'.join(parts)}</td></tr>"
 
@@ -148,6 +155,21 @@ def _img(pixels: np.ndarray) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
+def shown(settings: TrainConfig, wanted: int) -> int:
+    """The most pictures up to ``wanted`` that divide a step into whole mixing groups.
+
+    Raises:
+        ConfigError: none do.
+    """
+    whole, group = settings.schedule.global_batch, settings.augment.mix_group
+    mixes = settings.augment.mixup or settings.augment.cutmix
+    group = group if mixes else 1
+    fit = [n for n in range(group, min(max(wanted, group), whole) + 1, group) if whole % n == 0]
+    if wanted < 1 or not fit:
+        raise ConfigError(f"--images: cannot show {wanted} of a step of {whole} images")
+    return fit[-1]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page the arguments ask for."""
     parser = argparse.ArgumentParser(prog="python -m l2vit.data.preview", description=__doc__)
@@ -158,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args(arguments)
     settings = config.load(TrainConfig, options.config, options.overrides)
-    most = settings.schedule.global_batch
-    images = next(n for n in range(min(options.images, most), 0, -1) if most % n == 0)
+    images = shown(settings, options.images)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(options.out, page(settings, images=images, images_seen=options.images_seen))
     print(f"wrote {options.out}")
     return 0

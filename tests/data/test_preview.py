@@ -7,11 +7,13 @@ import io
 import re
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from l2vit.data import preview
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
+from l2vit.errors import ConfigError
 
 
 def test_page(shards, tmp_path, capsys):
@@ -31,6 +33,29 @@ def test_page(shards, tmp_path, capsys):
         assert np.abs(host - dali).mean() < 1.5
     for sample in map(int, re.findall(r"<br>sample (\d+)", text)):
         assert f"n{shards.labels[sample]:08d}<br>sample {sample}" in text
+
+
+@pytest.mark.parametrize(
+    "extra, count, told",
+    [
+        (["--images", "1"], 2 * 3, "Mean difference"),
+        (["augment.mixup=0", "augment.cutmix=0", "--images", "1"], 3, "Mean difference"),
+        (["data.stream=pipe:cat {directory}/{{shard}}", "data.backend=host"], 16 * 2, "no streams"),
+    ],
+)
+def test_any_number_and_streams(shards, tmp_path, extra, count, told):
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        f"run: {{dir: {tmp_path}}}\nmodel: {{name: l2vit_mini}}\n"
+        f"schedule: {{global_batch: 16}}\ndata: {{train: {shards.directory}, input_size: 32}}\n"
+    )
+    out = tmp_path / "new" / "page.html"
+    arguments = [text.format(directory=shards.directory) for text in extra]
+    assert preview.main(["--config", str(settings), "--out", str(out), *arguments]) == 0
+    text = out.read_text()
+    assert text.count("<img") == count and told in text
+    with pytest.raises(ConfigError, match="cannot show 0 of a step of 16"):
+        preview.main(["--config", str(settings), "--out", str(out), "--images", "0"])
 
 
 def test_pixels_come_back():
