@@ -61,29 +61,33 @@ def build_graph(
     gpu: bool,
     device_id: int | None,
     hw_decoder_load: float = 0.65,
+    whole: bool | None = None,
 ) -> Pipeline:
     """The graph, for the CPU or a GPU.
 
     Args:
-        source: gives a batch: images, anchors, shapes, and for a GPU sizes, windows, flips.
+        source: gives a batch: images, anchors, shapes, and for a whole graph sizes, windows, flips.
         batch: most images in a batch.
         input_size: side S of what comes out, pixels.
         interpolation: ``bicubic`` or ``bilinear``, antialiased as PIL's is.
         threads: CPU threads of DALI.
         prefetch: batches under way in the graph.
-        gpu: decode on the GPU (``mixed``), where later operators follow; else the graph gives the
-            decoded crops, each of its own size.
+        gpu: decode on the GPU (``mixed``), where later operators follow.
         device_id: CUDA device. None for the CPU; a GPU graph without one can be checked
             (``serialize()``) where there is no driver, not built.
         hw_decoder_load: share of the JPEGs for the hardware decoder of GPUs that have one.
+        whole: resize, window and flip too; else the graph gives the decoded crops, each of its own
+            size. None for what is better: whole on a GPU, not on the CPU.
     """
     from nvidia import dali
+
+    whole = gpu if whole is None else whole
 
     library: Any = dali  # its annotations lack what is made at run time
     fn, types = library.fn, library.types
     kinds = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
     mixed: dict[str, Any] = {"device": "mixed", "hw_decoder_load": hw_decoder_load}
-    outputs = 6 if gpu else 3
+    outputs = 6 if whole else 3
 
     @library.pipeline_def(
         batch_size=batch,
@@ -112,7 +116,7 @@ def build_graph(
             jpeg_fancy_upsampling=True,
             **(mixed if gpu else {}),
         )
-        if not gpu:
+        if not whole:
             return pictures
         sizes, windows, flips = rest
         pictures = fn.resize(

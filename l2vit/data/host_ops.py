@@ -35,7 +35,7 @@ def decode(image: bytes) -> np.ndarray:
             if colours in ("YCbCr", "Gray"):
                 return simplejpeg.decode_jpeg(image, colorspace="RGB", strict=True)
         with Image.open(io.BytesIO(image)) as opened:
-            return np.asarray(opened.convert("RGB"))
+            return np.array(opened.convert("RGB"))  # writable, as PyTorch wants it
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"cannot be decoded ({error})") from None
 

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from photo_shards import jpeg, photo, write_shards
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
@@ -158,11 +159,33 @@ def test_evaluation_is_timms(shards, mode, fraction):
         assert difference < (1e-4 if backend == "host" else 0.2), (backend, difference)
 
 
-def make_eval(shards, backend, mode="center", fraction=0.875, rank=0, world=1, batch=4):
+@pytest.mark.parametrize("size, mode, fraction", [(224, "center", 0.875), (384, "squash", 1.0)])
+def test_evaluation_at_full_size(tmp_path, size, mode, fraction):
+    """As the recipes evaluate, on pictures of ImageNet's usual sizes; more ranks than pictures."""
+    images = [jpeg(photo(i, w, h)) for i, (w, h) in enumerate([(500, 375), (333, 500), (700, 400)])]
+    shards = write_shards(tmp_path, images, [2, 0, 1], per_shard=2, classes=3)
+    transform = transforms_imagenet_eval(
+        size, crop_pct=fraction, crop_mode=mode, interpolation="bicubic"
+    )
+    for backend, world in (("host", 1), ("dali", 1), ("dali", 5)):
+        found = {}
+        for rank in range(world):
+            loader = make_eval(shards, backend, mode, fraction, rank, world, size=size)
+            batches = list(loader)
+            loader.close()
+            assert len(batches) == 1 and batches[0].images.shape[1:] == (3, size, size)
+            found |= dict(zip(batches[0].sample_ids.tolist(), batches[0].images, strict=True))
+        assert sorted(found) == [0, 1, 2]
+        for sample, image in found.items():
+            expected = transform(Image.open(io.BytesIO(images[sample])))
+            assert np.abs(in_bytes(image) - in_bytes(expected)).mean() < 0.2
+
+
+def make_eval(shards, backend, mode="center", fraction=0.875, rank=0, world=1, batch=4, size=64):
     return eval_loader(
         shards.directory,
         backend=backend,
-        input_size=64,
+        input_size=size,
         crop_fraction=fraction,
         crop_mode=mode,
         mean=IMAGENET_MEAN,
@@ -254,8 +277,6 @@ def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):
 
 
 def test_webp_shards_load(tmp_path, pictures):
-    from photo_shards import write_shards
-
     images = []
     for image in pictures[:20]:
         stream = io.BytesIO()
@@ -292,6 +313,42 @@ def test_the_gpu_graph_is_well_formed():
     assert "decoders__ImageSlice" in backend.RegisteredMixedOps()
     for operator in ("Resize", "Slice", "Flip"):
         assert operator.encode() in gpu and operator in backend.RegisteredGPUOps()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_whole_graph_gives_pils_pictures(pictures, interpolation):
+    """What only a GPU runs (DALI's resize, window and flip) says the right thing: on the CPU."""
+    images = [np.frombuffer(image, np.uint8) for image in pictures[:12]]
+    opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in pictures[:12]]
+    boxes = np.array([[3, 5, p.height - 10, p.width - 8] for p in opened])
+    sizes = np.array([[64 + 3 * i, 90 - 2 * i] for i in range(12)])
+    windows = np.stack([sizes[:, 0] - 64, (sizes[:, 1] - 64) // 2], axis=1)
+    flips = np.arange(12) % 3 == 0
+    given = boxes[:, :2], boxes[:, 2:], sizes, windows, flips
+    kinds = np.int32, np.int32, np.float32, np.int32, np.int32
+    fed = (images, *(values.astype(kind) for values, kind in zip(given, kinds, strict=True)))
+    graph = build_graph(
+        lambda: fed,
+        batch=12,
+        input_size=64,
+        interpolation=interpolation,
+        threads=1,
+        prefetch=1,
+        gpu=False,
+        device_id=None,
+        whole=True,
+    )
+    graph.build()
+    found = np.asarray(graph.run()[0].as_tensor()).astype(float)
+    filters = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+    for i, picture in enumerate(opened):
+        top, left, height, width = boxes[i].tolist()
+        picture = picture.crop((left, top, left + width, top + height))
+        expected = np.asarray(picture.resize(sizes[i, ::-1].tolist(), filters[interpolation]))
+        down, right = windows[i].tolist()
+        expected = expected[down : down + 64, right : right + 64]
+        expected = expected[:, ::-1] if flips[i] else expected
+        assert np.abs(found[i] - expected).mean() < 0.3  # grainy; photographs are nearer
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(shards):
