@@ -5,11 +5,14 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # run_ranks SCRIPT ARGS: exits with the ranks' status; 75 (stopped by a signal) queues again.
 run_ranks() {
-  local status=1 found step told=0
+  local status=1 found step= told=0
+  # srun passes SIGTERM to every task. The batch shell alone gets the warning (--signal=B:), maybe
+  # before it knows srun's number.
+  trap 'told=1; echo "signal: asking the ranks to save"; [ -z "$step" ] || kill -TERM "$step"' \
+    USR1 TERM
   srun --kill-on-bad-exit=1 --wait=60 bash "$@" &
   step=$!
-  # srun passes SIGTERM to every task. The batch shell alone gets the warning (--signal=B:).
-  trap 'told=1; echo "signal: asking the ranks to save"; kill -TERM $step' USR1 TERM
+  [ "$told" -eq 0 ] || kill -TERM "$step"
   while :; do
     wait "$step"
     found=$?
