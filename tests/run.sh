@@ -7,8 +7,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 if [ $# -eq 0 ]; then
   # One worker a core (nproc alone would answer OMP_NUM_THREADS); a file stays on one worker, so
-  # that module fixtures are made once.
+  # that module fixtures are made once. Files begin in the order of tests/conftest.py.
   cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
-  set -- -n "$((cores < 8 ? cores : 8))" --dist loadfile
+  set -- -n "$((cores < 8 ? cores : 8))" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"
