@@ -18,8 +18,10 @@ from l2vit.models.layers import (
     LocalConcentration,
     Mlp,
     MlpKind,
+    OrderKind,
     WindowAttention,
     pad_to_multiple,
+    require_one_of,
     shortfall,
     to_nchw,
     to_nhwc,
@@ -43,6 +45,7 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, kind: StemKind = "conv") -> None:
         super().__init__()
+        require_one_of("stem", kind, StemKind)
         if kind == "patch":
             layers: list[nn.Module] = [nn.Conv2d(in_chans, dim, 4, stride=4)]
         else:
@@ -156,6 +159,9 @@ class L2ViT(Pyramid):
             (Table 7); 0 for none.
         drop_rate: dropout before the classifier.
         drop_path_rate: of the last block; grows linearly from 0 over all blocks.
+
+    Raises:
+        ValueError: an unknown kind, or an embed_dim or lcm_kernel that cannot be.
     """
 
     def __init__(
@@ -175,12 +181,14 @@ class L2ViT(Pyramid):
         lcm_kernel: int = 7,
         use_scale: bool = True,
         clamp: float = 100.0,
-        order: Literal["auto", "kv", "qk"] = "auto",
+        order: OrderKind = "auto",
         mlp: MlpKind = "plain",
         head_hidden: int = 0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        require_one_of("global_mixer", global_mixer, MixerKind)
+        _require_sizes(embed_dim, lcm_kernel, window_size)
         dims = [embed_dim * 2**stage for stage in range(len(depths))]
         rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
@@ -239,6 +247,15 @@ class L2ViT(Pyramid):
             for module in self.modules():
                 if isinstance(module, WindowAttention):
                     module.window_size = window_size
+
+
+def _require_sizes(embed_dim: int, lcm_kernel: int, window_size: int) -> None:
+    if embed_dim < HEAD_WIDTH or embed_dim % HEAD_WIDTH:
+        raise ValueError(f"embed_dim {embed_dim} is no multiple of the head width {HEAD_WIDTH}")
+    if lcm_kernel and lcm_kernel % 2 == 0:
+        raise ValueError(f"lcm_kernel {lcm_kernel} is neither odd nor 0 (none)")
+    if window_size < 1:
+        raise ValueError(f"window_size {window_size} is not positive")
 
 
 def _init_weights(module: nn.Module) -> None:

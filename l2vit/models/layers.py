@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,17 @@ HEAD_WIDTH = 32
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 _MULTIPLIED_OUT = 256
 MlpKind = Literal["plain", "pvt2", "local"]
+OrderKind = Literal["auto", "kv", "qk"]
+
+
+def require_one_of(name: str, value: str, kinds: Any) -> None:
+    """Check an argument against the strings of a ``Literal`` type.
+
+    Raises:
+        ValueError: it is none of them; lists them.
+    """
+    if value not in get_args(kinds):
+        raise ValueError(f"{name} {value!r} is none of {', '.join(get_args(kinds))}")
 
 
 def to_nchw(x: Tensor) -> Tensor:
@@ -154,6 +165,7 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, kind: MlpKind = "plain") -> None:
         super().__init__()
+        require_one_of("mlp", kind, MlpKind)
         self.kind = kind
         self.grad_checkpointing = False
         self.fc1 = Linear(dim, hidden)
@@ -241,7 +253,8 @@ def window_index(h: int, w: int, size: int, device: torch.device) -> tuple[Tenso
     Returns:
         The token at each place of each window, h·w at padding; and the place of each token.
     """
-    down, right = -(-h // size), -(-w // size)
+    # Not -(-h // size): ONNX divides towards zero.
+    down, right = (h + size - 1) // size, (w + size - 1) // size
     inside = torch.arange(size, device=device)
     y = (torch.arange(down, device=device) * size)[:, None, None, None] + inside[:, None]
     x = (torch.arange(right, device=device) * size)[:, None, None] + inside
@@ -335,9 +348,10 @@ class LinearCore(nn.Module):
         *,
         use_scale: bool = True,
         clamp: float = 100.0,
-        order: Literal["auto", "kv", "qk"] = "auto",
+        order: OrderKind = "auto",
     ) -> None:
         super().__init__()
+        require_one_of("order", order, OrderKind)
         self.num_heads = num_heads
         self.head_width = dim // num_heads
         self.clamp = clamp
