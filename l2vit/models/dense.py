@@ -7,6 +7,7 @@ a residual more slowly than a pass over the fresh output does.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -50,7 +51,14 @@ def fusible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
+        and (x.dtype != torch.bfloat16 or _onednn_has_bf16())
     )
+
+
+@functools.cache
+def _onednn_has_bf16() -> bool:
+    """oneDNN refuses bf16 on CPUs without AVX-512; PyTorch's own layers do not."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, after: str) -> Tensor:

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -231,6 +234,22 @@ def test_depthwise_with_input_and_with_gelu(dtype, kernel):
     bound = bound or {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(low, F.gelu(plain).to(dtype), **bound)
     torch.testing.assert_close(conv.with_gelu(x), low, **bound)
+
+
+def test_bf16_on_a_processor_without_avx512():
+    """oneDNN obeys the variable when it is loaded, so in a process of its own."""
+    code = """
+import torch, l2vit, timm
+model = timm.create_model("l2vit_mini").bfloat16()
+images = torch.randn(2, 3, 32, 32).bfloat16()
+model(images).float().sum().backward()
+with torch.no_grad():
+    assert model.eval()(images).isfinite().all()
+"""
+    variables = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_linear_can_be_differentiated_twice():
