@@ -17,6 +17,7 @@ left out of that epoch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,13 @@ class SampleOrder:
         self.chunk = max(1, min(chunk, most))
         self._key_parts = (manifest_hash, seed)
         self._plans: dict[int, _EpochPlan] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal orders: covers every argument, the samples of a subset too."""
+        subset = b"" if self._subset is None else self._subset.astype("<i8").tobytes()
+        digest = hashlib.sha256(subset).hexdigest()
+        return f"{derive_key(*self._key_parts, self.chunk, self.global_batch, digest):016x}"
 
     def epoch_ids(self, epoch: int) -> np.ndarray:
         """The whole sequence of ``epoch``: (steps_per_epoch · global_batch,) int64 sample ids."""

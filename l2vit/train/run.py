@@ -105,6 +105,7 @@ class Run:
         """What a checkpoint saved now says about itself."""
         self.state.applied_steps = self.engine.applied_steps
         self.state.loss_scaler = self.engine.loss_scaler
+        self.state.order = self.loader.order.fingerprint
         self.state.seconds += time.monotonic() - self.began
         self.began = time.monotonic()
         return CheckpointMeta(
@@ -383,6 +384,7 @@ def _namer(manifest: Manifest) -> Any:
 
 def _announce(run: Run, reader: Reader | None) -> None:
     config, split, schedule = run.config, run.engine.split, run.schedule
+    order = run.loader.order
     parameters = sum(group.numel for group in run.engine.groups)
     lines = [
         f"{config.model.name}: {parameters / 1e6:.3f} M parameters,"
@@ -391,6 +393,7 @@ def _announce(run: Run, reader: Reader | None) -> None:
         f" {config.engine.precision}; global batch {split.global_batch} ="
         f" {split.micro_batch} × {split.accumulation} × {split.world}",
         f"{schedule.total:,} steps, {run.steps_per_epoch:,} an epoch, warm-up {schedule.warmup:,}",
+        "samples come from a stream" if config.data.stream else _left_out(order),
         param_groups.table(
             run.engine.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay
         ),
@@ -398,3 +401,16 @@ def _announce(run: Run, reader: Reader | None) -> None:
     if reader is not None:
         lines.append(f"continuing from {reader.directory} at step {run.state.step:,}")
     run.metrics.say("\n".join(lines))
+    if run.state.order not in ("", order.fingerprint) and not config.data.stream:
+        run.metrics.say(
+            "data.chunk or the samples of data.subset are others than before: what is left of this"
+            " epoch may repeat samples and miss some; the next ones are whole",
+            warn=True,
+        )
+
+
+def _left_out(order: Any) -> str:
+    """What an epoch drops: never silently."""
+    rest = order.samples - order.steps_per_epoch * order.global_batch
+    every = f"{order.samples:,} samples, each once an epoch"
+    return every + (f", but for {rest:,} left out, other ones in each" if rest else "")

@@ -31,6 +31,8 @@ class TrainState:
     loss_scaler: dict[str, float] = field(default_factory=dict)
     """fp16 only."""
     seed: int = 0
+    order: str = ""
+    """Fingerprint of the order that ``images_seen`` counts in."""
     best_accuracy: float = -1.0
     """Highest top-1 so far, in percent; -1 before the first evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)

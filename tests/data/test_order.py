@@ -115,6 +115,14 @@ def test_batch_ids_follow_images_seen():
         order.batch_ids(24)
 
 
+def test_a_fingerprint_tells_orders_apart():
+    half, other = np.arange(0, 512, 2), np.arange(1, 512, 2)
+    orders = [make(), make(8), make(seed=4), make(chunk=3), make(subset=half), make(subset=other)]
+    assert len({order.fingerprint for order in orders}) == len(orders)
+    assert make(subset=half).fingerprint == make(subset=half.astype(np.int32)).fingerprint
+    assert make().fingerprint == make(chunk=4).fingerprint  # 512 samples: both mean 4
+
+
 def test_too_little_data_is_refused():
     with pytest.raises(ConfigError, match="global_batch: 513 is more than the 512 samples"):
         make(513)

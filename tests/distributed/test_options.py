@@ -91,8 +91,10 @@ def test_precedence_of_the_first_weights(shards, tmp_path):
     longer = {**short, "schedule__length": "10 steps", "schedule__warmup": "0 steps"}
 
     resumed = tmp_path / "resumed"
-    said = finish(settings(shards, resumed, **longer, run__resume=str(first)), 1, tmp_path)
+    fewer = {**longer, "data__subset": {"fraction": 0.6}}
+    said = finish(settings(shards, resumed, **fewer, run__resume=str(first)), 1, tmp_path)
     assert "at step 8" in said and set(losses(resumed)) == {9, 10}
+    assert "samples of data.subset are others than before" in said
     assert "is finished already" in finish(tmp_path / "resumed.yaml", 1, tmp_path)
 
     tuned = tmp_path / "tuned"
