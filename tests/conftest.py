@@ -63,3 +63,21 @@ def environment_restored():
     for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Load an export through timm here: starting a process each time takes seconds."""
+    import timm
+
+    import l2vit  # noqa: F401
+    from finetune import verification
+
+    def logits(directory, samples):
+        model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+        cfg = timm.data.resolve_model_data_config(model)
+        show = timm.data.create_transform(**cfg, is_training=False)
+        with torch.inference_mode():
+            return model(torch.stack([show(sample.picture()) for sample in samples]))
+
+    monkeypatch.setattr(verification, "fresh_logits", logits)

@@ -161,9 +161,8 @@ def convert_released(
             weights[name] = value.float()
     if dropped:
         report.append(f"dropped {len(dropped)} index tables and masks, rebuilt from the sizes")
-    arguments: dict[str, Any] = {}
-    if input_size:
-        arguments["img_size"] = input_size
+    registered: Any = timm.get_pretrained_cfg(model_name)
+    arguments: dict[str, Any] = {"img_size": input_size or registered.input_size[-1]}
     if window_size:
         arguments["window_size"] = window_size
     weights, resized = _fit(path, model_name, arguments, weights, unknown)

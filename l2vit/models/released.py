@@ -98,7 +98,11 @@ def require_fit(
     """
     unknown = unknown + [name for name in weights if name not in target]
     missing = [name for name in target if name not in weights]
-    shapes = [n for n in target if n in weights and weights[n].shape != target[n].shape]
+    shapes = [
+        f"{n}: {_sides(weights[n])}, not {_sides(target[n])}"
+        for n in target
+        if n in weights and weights[n].shape != target[n].shape
+    ]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
         for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of other shape"))
@@ -106,3 +110,7 @@ def require_fit(
     ]
     if problems:
         raise UserError(f"{path} does not fit {model_name}: tensors {'; '.join(problems)}")
+
+
+def _sides(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

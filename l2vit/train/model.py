@@ -52,6 +52,8 @@ def create(config: TrainConfig, *, classes: int) -> nn.Module:
                 raise ConfigError(f"model.args: {settings.name}: {error}") from None
             optional.remove(refused)
             del arguments[refused]
+        except ValueError as error:
+            raise ConfigError(f"model: {settings.name} cannot be built so: {error}") from None
     if config.engine.grad_checkpointing:
         _checkpoint_gradients(model, settings.name)
     return model

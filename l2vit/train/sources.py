@@ -8,6 +8,7 @@ through here, so a new kind of file is one new function.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,6 +87,8 @@ class Source:
     def build(self, *, window_size: int = 0, input_size: int = 0) -> nn.Module:
         """The network with these weights, fp32, on the CPU, in evaluation mode.
 
+        Position tables of another size are resized; standard error names each.
+
         Args:
             window_size: another window than the source's; 0 keeps it.
             input_size: pixels; only networks with position tables care. 0 keeps the source's.
@@ -97,9 +100,11 @@ class Source:
         arguments = {**self.model_args, **{k: v for k, v in changed.items() if v}}
         try:
             model = timm.create_model(self.model, num_classes=self.num_classes, **arguments)
-        except (RuntimeError, TypeError) as error:
+            weights, lines = resize_tables(self.weights, model.state_dict())
+        except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: cannot build {self.model}: {error}") from None
-        weights, _ = resize_tables(self.weights, model.state_dict())
+        for line in lines:
+            print(f"{self.path}: {line}", file=sys.stderr)
         require_fit(model, weights, where=str(self.path), skip=())
         model.load_state_dict(weights)
         return model.eval()

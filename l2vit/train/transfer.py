@@ -117,7 +117,10 @@ def load_initial(
     _require_same_model(model, source)
     head = sources.head_name(model)
     skip = (f"{head}.",)
-    weights, _ = resize_tables(source.weights, own)
+    try:
+        weights, _ = resize_tables(source.weights, own)
+    except ValueError as error:
+        raise UserError(f"init.source {source.path} does not fit this run: {error}") from None
     sources.require_fit(model, weights, where=f"init.source {source.path}", skip=skip)
     plan = plan_head(source, classes, init.head)
     fates = []

@@ -1,8 +1,6 @@
 """A small trained model, its run and its export, made once."""
 
 import pytest
-import timm
-import torch
 from digit_models import NAMES, WNIDS, digit_jpegs, make_model, write_checkpoint, write_shards
 
 import l2vit  # noqa: F401
@@ -52,19 +50,3 @@ def exported(tmp_path_factory, run):
     out = tmp_path_factory.mktemp("exports") / "digits_model"
     assert export_timm.main(["--checkpoint", str(run), "--out", str(out)]) == 0
     return out
-
-
-@pytest.fixture
-def same_process(monkeypatch):
-    """Load the export through timm here: starting a process each time takes seconds."""
-
-    def logits(directory, samples):
-        model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-        cfg = timm.data.resolve_model_data_config(model)
-        show = timm.data.create_transform(**cfg, is_training=False)
-        with torch.inference_mode():
-            return model(torch.stack([show(sample.picture()) for sample in samples]))
-
-    from finetune import verification
-
-    monkeypatch.setattr(verification, "fresh_logits", logits)

@@ -5,7 +5,7 @@ import json
 
 import timm
 import torch
-from digit_models import make_model
+from digit_models import make_model, write_checkpoint
 
 from finetune import evaluate, export_timm
 from l2vit.errors import UserError
@@ -101,6 +101,34 @@ def test_inline_file_is_exported_with_proof(tmp_path, capfd):
     assert "does not name its 12 classes" in (out / "README.md").read_text()
     proof = json.loads((out / "certificate.json").read_text())["timm"]
     assert proof["images"] == proof["same_first_answer"] == 10
+
+
+def test_an_exported_file_takes_another_size_and_says_what_it_resized(
+    tmp_path, capfd, same_process
+):
+    model = inline_deit()
+    file = released_deit(tmp_path / "inline.pth", model)
+    out, larger = str(tmp_path / "out"), tmp_path / "larger"
+    flags = ["--model", "inline_deit_tiny", "--input-size", "64"]
+    assert export_timm.main(["--checkpoint", str(file), "--out", out, *flags]) == 0
+    capfd.readouterr()
+    arguments = ["--checkpoint", out, "--out", str(larger), "--input-size", "96"]
+    assert export_timm.main(arguments) == 0
+    assert "resized pos_embed from 17 to 37 rows" in capfd.readouterr().err
+    again = timm.create_model(f"local-dir:{larger}", pretrained=True).eval()
+    model.set_input_size(96)
+    images = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images), model(images))
+
+
+def test_a_size_the_network_cannot_take_is_refused_in_one_line(tmp_path, capfd):
+    model = timm.create_model("flatten_swin_mini", num_classes=10, img_size=64, window_size=4)
+    write_checkpoint(tmp_path / "run", model, name="flatten_swin_mini", size=64, window=4)
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert export_timm.main([*arguments, "--input-size", "96"]) == 1
+    error = capfd.readouterr().err.strip()
+    assert error.count("\n") == 0 and "window of 4 does not divide the grid (6, 6)" in error
 
 
 def test_a_released_file_is_evaluated_by_name(tmp_path, folders):

@@ -1,5 +1,5 @@
-"""Released files of FLatten and InLine: synthetic ones under the released names convert to models
-that compute what a plain float64 transcription computes from the same file."""
+"""Released files of FLatten and InLine: synthetic ones under the released names leave the export as
+timm models that compute what a plain float64 transcription computes from the same file."""
 
 import sys
 import types
@@ -10,6 +10,7 @@ import timm
 import torch
 
 import l2vit  # noqa: F401
+from finetune import export_timm
 from l2vit.errors import UserError
 from l2vit.models.families_format import convert_released
 
@@ -47,14 +48,15 @@ def save(path, weights, **others):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_converted_equals_transcription(name, tmp_path):
+def test_exported_equals_transcription(name, tmp_path, same_process):
+    """The released file through the command, then as timm loads what it left."""
     net = NETWORKS[name]
     weights = reference.released_weights(net)
-    file = save(tmp_path / "released.pth", weights)
-    found = convert_released(file, name, input_size=net.size, window_size=net.window)
-    model = timm.create_model(name, num_classes=net.classes, **found.model_args)
-    model.load_state_dict(found.weights)
-    model = model.double().eval()
+    file, out = save(tmp_path / "released.pth", weights), tmp_path / "out"
+    flags = {"--checkpoint": file, "--model": name, "--out": out, "--proof-images": 1}
+    flags |= {"--input-size": net.size, "--window-size": net.window}
+    assert export_timm.main([str(part) for pair in flags.items() for part in pair]) == 0
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).double().eval()
     images = torch.randn(2, 3, net.size, net.size, dtype=torch.float64)
     with torch.no_grad():
         answers = model(images)
@@ -140,7 +142,8 @@ def test_files_that_do_not_fit_are_refused(mini, tmp_path, capsys):
         lambda w: w.update(absolute_pos_embed=torch.zeros(1))
     )
     wrong = torch.zeros(5, 1, 5, 5)
-    assert "of other shape (stages.0.blocks.0.attn.core.dwc.weight)" in message(
+    shapes = "stages.0.blocks.0.attn.core.dwc.weight: 5x1x5x5, not 32x1x5x5"
+    assert f"of other shape ({shapes})" in message(
         lambda w: w.update({"layers.0.blocks.0.attn.dwc.weight": wrong})
     )
     assert "no square grid" in message(

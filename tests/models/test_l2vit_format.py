@@ -79,7 +79,11 @@ def test_what_is_refused(tmp_path, paper, monkeypatch):
     cases = [
         ({"model": {**good, "surprise": torch.ones(1)}}, None, "1 unknown (surprise)"),
         ({"model": missing}, None, "1 missing (stages.2.blocks.1.lcm.norm.weight)"),
-        ({"model": {**good, "norm.bias": torch.ones(3)}}, None, "1 of other shape (norm.bias)"),
+        (
+            {"model": {**good, "norm.bias": torch.ones(3)}},
+            None,
+            "1 of other shape (norm.bias: 3, not 256)",
+        ),
         ({"model": good}, True, "model_ema"),
         ({"model": {"a": torch.ones(1)}}, None, "has no tensor named as in L²ViT's files"),
         ({"model": {"stages.0.0.norm1.weight": torch.ones(7)}}, None, "0 channels, depths [1, 0"),

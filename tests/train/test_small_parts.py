@@ -10,9 +10,16 @@ import torch
 
 from l2vit.data.batch import Batch
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import distributed, faults, metrics, report, vitals, watchdog
+from l2vit.train import distributed, faults, metrics, model, report, vitals, watchdog
 from l2vit.train.clock import PhaseClock, Place
-from l2vit.train.config import FaultsConfig, LogConfig
+from l2vit.train.config import (
+    FaultsConfig,
+    LogConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from l2vit.train.distributed import World
 from l2vit.train.evaluate import evaluate
 from l2vit.train.evaluator import class_columns
@@ -50,6 +57,16 @@ def test_evaluation_counts_every_image_once():
     assert tally.top1 == int((places == 0).sum()) and tally.top5 == int((places < 5).sum())
     assert tally.loss == pytest.approx(float((log_sum - logits[range(9), labels]).sum()), rel=1e-5)
     assert widths == [5, 4, 1], "an empty batch must still compute, for ZeRO-3's sake"
+
+
+def test_a_network_that_cannot_be_built_is_a_configuration_error():
+    config = TrainConfig(RunConfig("unused"), ModelConfig("flatten_swin_mini"), ScheduleConfig(1))
+    config.data.input_size = 256
+    with pytest.raises(ConfigError, match="window of 7 does not divide the grid"):
+        model.create(config, classes=10)
+    config.model.args = {"attention": "quadratic"}
+    with pytest.raises(ConfigError, match="unknown attention 'quadratic'; known: softmax"):
+        model.create(config, classes=10)
 
 
 def test_an_evaluation_set_with_some_of_the_classes():
