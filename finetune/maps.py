@@ -22,7 +22,7 @@ class AttentionMap:
 
     layer: str
     kind: str
-    """linear or window (or the class of another attention)."""
+    """linear or window; in the other hosts softmax, focused, injective, ..."""
     grid: tuple[int, int]
     weights: Tensor
     """(N, N) fp32: row i is what token i takes from every token."""
@@ -43,7 +43,9 @@ def grad_cam(
     Args:
         model: in evaluation mode, from timm.
         images: (B, 3, H, W) normalised, on the model's device.
-        layer: module whose output is a feature map; default the last stage.
+        layer: module whose output is a feature map, or tokens of one; default the last stage, and
+            with a class token the last block's first norm (behind its attention the patches no
+            longer speak for any class).
         classes: (B,) int64 output each map explains; default the model's first answer.
 
     Returns:
@@ -52,27 +54,39 @@ def grad_cam(
     Raises:
         UserError: no such layer, or its output is no feature map.
     """
-    layer = layer or str(model.feature_info[-1]["module"])  # type: ignore[index,union-attr]
+    layer = layer or _last_layer(model)
     found: list[Tensor] = []
     handle = _module(model, layer).register_forward_hook(lambda _m, _i, out: found.append(out))
     try:
         with torch.enable_grad():
             logits = model(images.detach().requires_grad_())
             features = found[0]
-            if not isinstance(features, Tensor) or features.ndim != 4:
-                raise UserError(f"--layer {layer}: its output is no feature map of an image")
+            _feature_map(model, layer, features)  # refused before any arithmetic
             wanted = logits.argmax(1) if classes is None else classes
             score = logits.gather(1, wanted[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, features)
     finally:
         handle.remove()
-    positions = (1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else (2, 3)
-    channel = 3 if positions == (1, 2) else 1
-    weights = gradient.float().mean(positions, keepdim=True)
-    cam = F.relu((weights * features.detach().float()).sum(channel))
+    weights = _feature_map(model, layer, gradient).float().mean((1, 2), keepdim=True)
+    cam = F.relu((weights * _feature_map(model, layer, features.detach()).float()).sum(3))
     cam = F.interpolate(cam[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     largest = cam.amax((1, 2), keepdim=True)
     return cam / largest.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _last_layer(model: Any) -> str:
+    last = str(model.feature_info[-1]["module"])
+    return last if getattr(model, "cls_token", None) is None else f"{last}.norm1"
+
+
+def _feature_map(model: Any, layer: str, x: Tensor) -> Tensor:
+    """A layer's output as (B, H, W, C); tokens before the grid's (a class token) are left out."""
+    if isinstance(x, Tensor) and x.ndim == 4:
+        return x if getattr(model, "output_fmt", "NCHW") == "NHWC" else x.permute(0, 2, 3, 1)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if isinstance(x, Tensor) and x.ndim == 3 and grid and x.shape[1] >= grid[0] * grid[1]:
+        return x[:, -grid[0] * grid[1] :].unflatten(1, grid)
+    raise UserError(f"--layer {layer}: its output is no feature map of an image")
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -115,11 +129,15 @@ def attention_maps(model: nn.Module, image: Tensor, max_tokens: int = 4096) -> l
                 kind, grid = "window", (x.shape[1], x.shape[2])
                 weights = window_map(module, x)[0].mean(0)
             else:
-                kind, grid = "linear", _grid(x, image)
+                kind, grid = _kind(module), _grid(module, x, image)
                 try:
                     weights = module.attention_map(x)[0].float().mean(0)
                 except NotImplementedError:
                     return
+                if weights.shape[0] != weights.shape[1]:
+                    return  # fewer keys than queries: no map from place to place
+                count = grid[0] * grid[1]
+                weights = weights[-count:, -count:]  # without the class token
             maps.append(AttentionMap(name, kind, grid, weights))
 
         return hook
@@ -131,10 +149,17 @@ def attention_maps(model: nn.Module, image: Tensor, max_tokens: int = 4096) -> l
     return maps
 
 
-def _grid(x: Tensor, image: Tensor) -> tuple[int, int]:
+def _kind(module: Any) -> str:
+    core = getattr(module, "core", None)
+    return "linear" if core is None else type(core).__name__.removesuffix("Core").lower()
+
+
+def _grid(module: Any, x: Tensor, image: Tensor) -> tuple[int, int]:
     """Rows and columns of tokens (B, H, W, C), or (B, N, C) of an image of known shape."""
     if x.ndim == 4:
         return x.shape[1], x.shape[2]
+    if hasattr(module, "grid"):
+        return module.grid
     tokens, (height, width) = x.shape[1], image.shape[2:]
     rows = round(math.sqrt(tokens * height / width))
     if rows < 1 or tokens % rows:

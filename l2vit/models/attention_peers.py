@@ -127,3 +127,7 @@ class ChannelCore(nn.Module):
         q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
         mixing = (k.transpose(2, 3) @ q * self.temperature).softmax(2)
         return join_heads(v @ mixing)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """None: it weighs channels, not tokens."""
+        raise NotImplementedError

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from l2vit.models.depthwise import DepthwiseConv
-from l2vit.models.layers import LinearCore, window_merge, window_partition
+from l2vit.models.layers import LinearCore, softmax_attention, window_merge, window_partition
 from l2vit.models.tracing import exporting
 
 Grid = tuple[int, int]
@@ -81,7 +82,7 @@ class SoftmaxCore(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
-        return join_heads(F.scaled_dot_product_attention(q, k, v))
+        return join_heads(softmax_attention(q, k, v))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """The softmax of the scaled scores, (B, heads, N, n)."""
@@ -160,12 +161,15 @@ class ShiftedWindowCore(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         q, k, v = (self._windows(t, grid) for t in (q, k, v))
-        scores = self._scores(source.shape[0]).to(q.dtype)
-        out = join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=scores))
+        out = join_heads(softmax_attention(q, k, v, self._scores(source.shape[0])))
         out = window_merge(out, self.window, self.window, *grid)
         if self.shift:
             out = out.roll((self.shift, self.shift), (1, 2))
         return out.flatten(1, 2)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """None: windows have no map over the whole grid."""
+        raise NotImplementedError
 
 
 class StripeCore(nn.Module):
@@ -214,6 +218,13 @@ class CrossCore(nn.Module):
             for branch, (q, k, v, source) in zip(self.branches, pieces, strict=True)
         ]
         return torch.cat(out, dim=2)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Those of a single branch over the whole grid, (B, heads, N, N); stripes have none."""
+        if len(self.branches) > 1:
+            raise NotImplementedError
+        only: Any = self.branches[0]
+        return only.core.weights(q, k)
 
 
 def resize_grid(table: Tensor, tokens: int) -> Tensor:

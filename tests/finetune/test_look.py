@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from digit_models import make_model
 from PIL import Image
@@ -181,3 +182,61 @@ def test_class_to_explain_by_wnid_name_or_number(run, shards, tmp_path, capfd):
     base = ["--model", str(run), "--images", str(shards), "--count", "1", "--out", str(tmp_path)]
     assert look.main([*base, "--class", "unicorn"]) == 2
     assert "unicorn" in capfd.readouterr().err
+
+
+HOSTS = {
+    "flatten_swin_mini": ({"window_size": 4}, [(16, 16)] * 2 + [(8, 8)] * 2),
+    "inline_cswin_tiny": (
+        {"window_size": 2, "depths": (1, 1, 1, 1)},
+        [(16, 16), (8, 8), (2, 2)],  # the third stage works in stripes
+    ),
+    "inline_pvt_tiny": ({"depths": (1, 1, 1, 1)}, [(16, 16), (8, 8), (4, 4), (2, 2)]),
+    "deit_tiny_softmax": ({"depth": 2}, [(4, 4)] * 2),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_other_hosts_are_looked_at_where_they_see_the_whole_picture(name):
+    arguments, grids = HOSTS[name]
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=5, img_size=64, **arguments).eval()
+    image = torch.randn(1, 3, 64, 64)
+    found = maps.attention_maps(network, image)
+    assert [m.grid for m in found] == grids
+    for each in found:
+        tokens = each.grid[0] * each.grid[1]
+        assert each.weights.shape == (tokens, tokens)
+        assert each.of_token(0, 0).shape == each.grid
+        # a class token takes its share
+        prefix = name.startswith("deit")
+        total = each.weights.sum(1)
+        assert (total < 1).all() if prefix else torch.allclose(total, torch.ones(tokens), atol=1e-3)
+    cam = maps.grad_cam(network, image)
+    assert cam.shape == (1, 64, 64) and cam.max() == 1
+
+
+def test_grad_cam_of_tokens_leaves_the_class_token_out():
+    """At the last block's first norm, from the gradient by finite differences."""
+    torch.manual_seed(0)
+    network = timm.create_model("deit_tiny_softmax", num_classes=5, img_size=64, depth=1)
+    network = network.double().eval()
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    found = maps.grad_cam(network, image, classes=torch.tensor([2]))
+    block = network.blocks[0]
+    with torch.no_grad():
+        x = network._pos_embed(network.patch_embed(image))
+        tokens = block.norm1(x)
+
+        def score(t):
+            y = x + block.attn(t)
+            y = y + block.mlp(block.norm2(y))
+            return network.head(network.norm(y)[:, 0])[0, 2]
+
+        weights = torch.zeros(192, dtype=torch.float64)
+        for channel in range(192):
+            step = torch.zeros_like(tokens)
+            step[:, 1:, channel] = 1e-5
+            weights[channel] = (score(tokens + step) - score(tokens - step)) / 2e-5
+        cam = torch.relu((weights * tokens[:, 1:]).sum(2)).view(1, 1, 4, 4)
+        cam = nn.functional.interpolate(cam, (64, 64), mode="bilinear")[:, 0]
+    assert torch.allclose(found.double(), cam / cam.max(), atol=1e-4)
