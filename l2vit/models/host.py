@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from l2vit.models.attentions import core_factory, linear_blocks
 from l2vit.models.cores import CoreFactory, Grid, resize_bias, resize_grid
+from l2vit.models.dense import Linear
 from l2vit.models.layers import Mlp, MlpKind, to_nchw, to_nhwc
 from l2vit.models.pyramid import Pyramid, Stage
 
@@ -74,26 +75,32 @@ class Projected(nn.Module):
         super().__init__()
         self.raw_source = raw_source
         self.core: Any = core
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, N, C), k and v (B, n, C) of normalised tokens (B, N, C)."""
         raise NotImplementedError
 
-    def attend(self, tokens: Tensor, source: Tensor, grid: Grid) -> Tensor:
-        """(B, N, C) to the same; N is H·W, or more where there are prefix tokens."""
-        return self.proj(self.core(*self.project(tokens, grid), grid, source))
+    def attend(
+        self, tokens: Tensor, source: Tensor, grid: Grid, add: Tensor | None = None
+    ) -> Tensor:
+        """(B, N, C) to the same, plus ``add``; N is H·W, or more where there are prefix tokens."""
+        return self.proj(self.core(*self.project(tokens, grid), grid, source), add)
 
-    def forward(self, x: Tensor, raw: Tensor) -> Tensor:
+    def forward(self, x: Tensor, raw: Tensor, add: Tensor | None = None) -> Tensor:
         grid = (x.shape[1], x.shape[2])
         source = raw if self.raw_source else x
-        return self.attend(x.flatten(1, 2), source.flatten(1, 2), grid).view(x.shape)
+        add = add if add is None else add.flatten(1, 2)
+        return self.attend(x.flatten(1, 2), source.flatten(1, 2), grid, add).view(x.shape)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:
         """The weights of each query over all keys, (B, heads, N, n), for pictures.
 
-        ``x`` is what the module gets, (B, H, W, C). Cores that work in windows have none.
+        ``x`` is what the module gets, (B, H, W, C).
+
+        Raises:
+            NotImplementedError: the core works in windows, or weighs channels.
         """
         q, k, _ = self.project(x.flatten(1, 2), (x.shape[1], x.shape[2]))
         return self.core.weights(q, k)
@@ -104,7 +111,7 @@ class FusedProjected(Projected):
 
     def __init__(self, dim: int, core: nn.Module, *, raw_source: bool = False) -> None:
         super().__init__(dim, core, raw_source=raw_source)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
 
     def project(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)
@@ -125,8 +132,12 @@ class HostBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), x))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.training and isinstance(self.drop_path, DropPath):
+            x = x + self.drop_path(self.attn(self.norm1(x), x))
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        # Without a chance to drop them, the branches add x on their way out.
+        x = self.attn(self.norm1(x), x, x)
+        return self.mlp(self.norm2(x), x)
 
 
 class ConvEmbed(nn.Module):
@@ -226,6 +237,9 @@ class Resizable(nn.Module):
         if window_size is not None:
             changes["window_size"] = window_size
         other = type(self)(**{**self.arguments, **changes})
+        for name in ("head", "global_pool"):  # as reset_classifier may have left them
+            if hasattr(self, name):
+                setattr(other, name, getattr(self, name))
         reference = next(self.parameters())
         other.to(reference.device, reference.dtype)
         other.load_state_dict(adapt_state_dict(self.state_dict(), other))

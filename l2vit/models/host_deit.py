@@ -23,9 +23,8 @@ class TokenProjected(FusedProjected):
         super().__init__(dim, core)
         self.grid = grid
 
-    def forward(self, x: Tensor, raw: Tensor | None = None, **_: Any) -> Tensor:
-        """timm's block also hands over a mask, which is None in a classifier."""
-        return self.attend(x, x, self.grid)
+    def forward(self, x: Tensor, raw: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+        return self.attend(x, x, self.grid, add)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from l2vit.models.attention_focused import FocusedCore
 from l2vit.models.cores import CoreFactory, Grid, Site, SoftmaxCore
+from l2vit.models.dense import Linear
 from l2vit.models.host import ConvEmbed, Host, HostArguments, Projected
 from l2vit.models.layers import to_nchw, to_nhwc
 
@@ -35,8 +36,8 @@ class ReducedProjected(Projected):
 
     def __init__(self, dim: int, core: nn.Module, ratio: int) -> None:
         super().__init__(dim, core)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.reduce: nn.Module | None = None
         if ratio > 1:
             self.reduce = nn.Conv2d(dim, dim, ratio, stride=ratio)

@@ -243,8 +243,9 @@ def test_onnx_runs_in_onnxruntime(name, arguments, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "arguments"), SHALLOW)
-def test_another_input_size(name, arguments):
+def test_another_input_size(name, arguments, caplog):
     """After set_input_size the model is the one built for that size with resized tables."""
+    caplog.set_level("INFO", logger="l2vit")
     model = timm.create_model(name, num_classes=5, **arguments)
     for name_, parameter in model.named_parameters():
         if name_.endswith(("positional_encoding", "pos_embed", "bias_table")):
@@ -252,7 +253,12 @@ def test_another_input_size(name, arguments):
     frozen = next(iter(model.parameters()))
     frozen.requires_grad_(False)
     window = {"window_size": 8} if "swin" in name else {}
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
     model.eval().set_input_size(128, **window)
+    changed = [
+        name for name, parameter in model.named_parameters() if parameter.shape != before[name]
+    ]
+    assert [line.split()[1] for line in caplog.messages] == changed
     built = timm.create_model(name, num_classes=5, **{**arguments, "img_size": 128, **window})
     built.load_state_dict(
         {
@@ -266,6 +272,19 @@ def test_another_input_size(name, arguments):
     with torch.no_grad():
         torch.testing.assert_close(model(images), built.eval()(images), rtol=1e-4, atol=1e-5)
     assert not model.training and not next(iter(model.parameters())).requires_grad
+
+
+@pytest.mark.parametrize(("name", "pool"), [("inline_pvt_tiny", "max"), ("inline_deit_tiny", "")])
+def test_another_input_size_keeps_the_head(name, pool):
+    model = timm.create_model(name, img_size=64).eval()
+    model.reset_classifier(3, pool)
+    head = model.get_classifier()
+    model.set_input_size(96)
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(2, 3, 96, 96))
+        expected = head(features.amax((1, 2)) if pool else model.fc_norm(features))
+        assert torch.equal(model.forward_head(features), expected)
+    assert model.get_classifier() is head
 
 
 def test_sizes_a_model_cannot_take_are_refused():
