@@ -119,18 +119,9 @@ def build_graph(
         if not whole:
             return pictures
         sizes, windows, flips = rest
-        pictures = fn.resize(
-            pictures,
-            size=sizes,
-            interp_type=kinds[interpolation],
-            antialias=True,
-        )
-        pictures = fn.slice(
-            pictures,
-            start=windows,
-            shape=[input_size, input_size],
-            axes=[0, 1],
-        )
+        kind, window = kinds[interpolation], [input_size, input_size]
+        pictures = fn.resize(pictures, size=sizes, interp_type=kind, antialias=True)
+        pictures = fn.slice(pictures, start=windows, shape=window, axes=[0, 1])
         return fn.flip(pictures, horizontal=flips)
 
     return cast("Pipeline", graph())
