@@ -62,12 +62,14 @@ class Converted:
         state_dict: parameters and buffers by the model's names, fp32.
         model_name: registry name, found from the shapes.
         args: constructor arguments of the model.
+        which: raw or ema.
         report: what was taken and assumed, one line each.
     """
 
     state_dict: dict[str, Tensor]
     model_name: str
     args: AuthorsArgs
+    which: str
     report: tuple[str, ...]
 
 
@@ -120,7 +122,7 @@ def convert_authors(
         target = timm.create_model(model_name, num_classes=args.num_classes).state_dict()
     require_fit(path, model_name, weights, target, unknown)
     report = (f"took the {which} weights of {path.name} as {model_name}", *assumed)
-    return Converted(weights, model_name, args, report)
+    return Converted(weights, model_name, args, which, report)
 
 
 def _recognise(path: Path, weights: Mapping[str, Tensor]) -> str:

@@ -314,9 +314,8 @@ def read_released(
     if model not in ("", found.model_name):
         raise UserError(f"{path} holds {found.model_name}, not {model}")
     arguments = {"window_size": found.args.window_size, "img_size": found.args.input_size}
-    which = "ema" if found.report[0].startswith("took the EMA") else "raw"
     note = "; ".join(found.report)
-    return _released(path, found.model_name, arguments, found.state_dict, which, note)
+    return _released(path, found.model_name, arguments, found.state_dict, found.which, note)
 
 
 def _released(

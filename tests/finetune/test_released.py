@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import pytest
 import timm
 import torch
 from digit_models import make_model, write_checkpoint
@@ -72,6 +73,22 @@ def test_the_l2vit_authors_file_needs_no_name(tmp_path, model, folders, same_pro
     images = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
         assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("auto", "ema"), ("raw", "raw"), ("ema", "ema")])
+def test_the_certificate_says_which_weights_were_taken(
+    tmp_path, model, folders, same_process, choice, expected
+):
+    file, out = released_l2vit(tmp_path / "authors.pth", model), tmp_path / "out"
+    content = torch.load(file, weights_only=False)
+    content["model_ema"] = dict(content["model"]) | {"head.bias": content["model"]["head.bias"] + 1}
+    torch.save(content, file)
+    arguments = ["--checkpoint", str(file), "--out", str(out), "--images", str(folders)]
+    assert export_timm.main([*arguments, "--weights", choice, "--proof-images", "2"]) == 0
+    assert json.loads((out / "certificate.json").read_text())["weights"] == expected
+    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    difference = (again.get_classifier().bias - model.get_classifier().bias).detach()
+    assert difference.allclose(torch.full_like(difference, float(expected == "ema")))
 
 
 def test_the_l2vit_authors_file_begins_a_fine_tuning(tmp_path, model):
