@@ -173,8 +173,9 @@ class Drawer:
         image_h, image_w = sizes[:, :1], sizes[:, 1:]
         area = _between(drawn.crop[..., 0], *scale) * (image_h * image_w)
         ratio = _log_between(drawn.crop[..., 1], *ratios)
-        width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-        height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        # at least a pixel, where timm's crop of a picture of a few pixels is empty and fails
+        width = np.maximum(1, np.rint(np.sqrt(area * ratio)).astype(np.int64))
+        height = np.maximum(1, np.rint(np.sqrt(area / ratio)).astype(np.int64))
         fits = (width <= image_w) & (height <= image_h)
         row, first = np.arange(len(sizes)), fits.argmax(axis=1)
         height, width = height[row, first], width[row, first]

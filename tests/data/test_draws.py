@@ -45,6 +45,13 @@ def test_crop_boxes_like_timm(width, height):
     assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
 
 
+def test_pictures_of_a_few_pixels_have_a_crop():
+    drawer, drawn = draw()
+    sizes = np.random.default_rng(0).integers(1, 4, (COUNT, 2))
+    boxes = drawer.boxes(drawn, sizes)
+    assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
+
+
 @pytest.mark.parametrize(
     "text", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8", "rand-m9-mstd101-inc1", "rand-m15-mmax20"]
 )
