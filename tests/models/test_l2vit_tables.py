@@ -4,6 +4,7 @@ Run with ``-s`` to see ours beside the paper's.
 """
 
 import functools
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ import torch
 
 import l2vit  # noqa: F401
 from l2vit.models.count import count_macs, count_parameters
+from l2vit.models.registry import SIZES, VARIANTS
 
 # Table, registered name, the paper's M and G.
 ROWS = [
@@ -79,6 +81,35 @@ def test_three_digits(name, parameters, plain, with_norms):
     """The authors' code, counted with and without its norms (specification of the model)."""
     assert [round(value, 3) for value in row(name)] == [parameters, with_norms]
     assert [round(value, 3) for value in row(name, False)] == [parameters, plain]
+
+
+@functools.cache
+def page():
+    """Cells of docs/models.md by model, and its text."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    lines = (line.split("|") for line in text.splitlines() if line.startswith("| `"))
+    return {cells[1].split("`")[1]: [cell.strip() for cell in cells[2:]] for cells in lines}, text
+
+
+def is_ours(name):
+    return timm.model_entrypoint(name).__module__.startswith("l2vit.")
+
+
+DEITS = [name for name in timm.list_models("deit_tiny_*") if is_ours(name)]
+
+
+@pytest.mark.parametrize("name", [*SIZES, *VARIANTS, *DEITS])
+def test_the_page_says_what_is_counted(name):
+    cells = page()[0][name]
+    assert f"{row(name)[0]:.3f}" == cells[0]
+    if name in DEITS:
+        assert f"{row(name, False)[1]:.3f}" == cells[1]
+    else:
+        assert f"{row(name)[1]:.3f}" == cells[2]
+
+
+def test_the_page_lists_every_name():
+    assert [n for n in filter(is_ours, timm.list_models()) if f"`{n}`" not in page()[1]] == []
 
 
 def test_growth_is_that_of_the_tokens():
