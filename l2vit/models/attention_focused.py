@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2vit.models.cores import Grid, Site, accurate, join_heads, split_heads
+from l2vit.models.depthwise import depthwise
 from l2vit.models.layers import without_autocast
 
 EPS = 1e-6
@@ -66,16 +67,13 @@ class FocusedCore(nn.Module):
 
     def local(self, v: Tensor, grid: Grid) -> Tensor:
         """The convolution of v, (B, n, C) to (B, H·W, C); every head has the same kernels."""
-        v = v.transpose(1, 2)
-        if v.shape[2] != grid[0] * grid[1]:
-            v = F.interpolate(v, grid[0] * grid[1], mode="linear", align_corners=False)
+        places = grid[0] * grid[1]
+        if v.shape[1] != places:
+            v = F.interpolate(v.transpose(1, 2), places, mode="linear").transpose(1, 2)
         # Repeating the kernels spares a copy of v with the heads moved to the batch.
         weight = self.dwc.weight.repeat(self.heads, 1, 1, 1)
         bias = torch.cat([self.dwc.bias] * self.heads)  # type: ignore[list-item]
-        out = F.conv2d(
-            v.unflatten(2, grid), weight, bias, padding=self.dwc.padding, groups=v.shape[1]
-        )
-        return out.flatten(2).transpose(1, 2)
+        return depthwise(v.unflatten(1, grid), weight, bias).flatten(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         prefix = q.shape[1] - grid[0] * grid[1]
