@@ -18,7 +18,13 @@ def ours(paper, dtype=torch.float64, **arguments):
     return model.eval()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (224, 224), (75, 131), (33, 250), (1, 1)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *((32, 32), (224, 224), (75, 131), (33, 250), (1, 1)),
+        pytest.param((800, 1333), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("window", [7, 4])
 def test_equals_the_paper_at_any_input_size(size, window):
     paper = reference(window=window)
@@ -195,6 +201,22 @@ def test_autocast_and_half_weights_stay_finite(dtype):
             assert module.running_var.dtype == torch.float32
     low = half(images.to(dtype)).float()
     assert (low - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_training_has_the_gradients_of_fp32(dtype):
+    """With the loss scaled as a GradScaler would: fp16 loses small gradients otherwise."""
+    torch.manual_seed(0)
+    model = timm.create_model("l2vit_mini", num_classes=7, depths=(2, 2))
+    images, labels = torch.randn(4, 3, 96, 64), torch.arange(4)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = nn.functional.cross_entropy(model(images).float(), labels)
+        gradients = torch.autograd.grad(1024 * loss, list(model.parameters()))
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    assert (found[1] - found[0]).norm() / found[0].norm() < 0.05
 
 
 def test_channels_last_from_stem_to_head():
