@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import multiprocessing
@@ -9,7 +10,7 @@ import multiprocessing.context
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -137,7 +138,7 @@ def host_batches(
     prefetch: int,
     pin: bool,
     count: int | None = None,
-) -> Iterator[RawBatch]:
+) -> Generator[RawBatch, None, None]:
     """Batches 0, 1, … of ``dataset`` in order, made ahead by ``workers`` processes.
 
     Args:
@@ -152,10 +153,11 @@ def host_batches(
         numbers = None  # it counts by itself
     else:
         dataset = _Telling(dataset)
+    lifeline, end = multiprocessing.Pipe(duplex=False)
     loader = torch.utils.data.DataLoader(
         dataset,
         multiprocessing_context=_server() if workers else None,
-        worker_init_fn=functools.partial(_begin, _lifeline(os.getpid())[0]),
+        worker_init_fn=functools.partial(_begin, lifeline),
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
@@ -163,7 +165,8 @@ def host_batches(
         collate_fn=_unchanged,
         pin_memory=pin,
     )
-    return _told(iter(loader))
+    atexit.register(end.close)  # before multiprocessing waits for the workers
+    return _told(iter(loader), end)
 
 
 @dataclass
@@ -179,7 +182,10 @@ class _Telling(torch.utils.data.Dataset[Any]):
             return error
 
 
-def _told(items: Iterator[RawBatch | UserError]) -> Iterator[RawBatch]:
+def _told(
+    items: Iterator[RawBatch | UserError], end: Connection
+) -> Generator[RawBatch, None, None]:
+    """``items``, until a user's error; closes ``end`` of the workers' lifeline afterwards."""
     try:
         for item in items:
             if isinstance(item, UserError):
@@ -192,6 +198,10 @@ def _told(items: Iterator[RawBatch | UserError]) -> Iterator[RawBatch]:
             f"a process that loads pictures was killed ({str(error).splitlines()[0]}); if the"
             " machine ran out of memory, lower data.threads or data.prefetch"
         ) from error
+    finally:
+        del items  # ends the workers orderly, unless a traceback still holds it
+        end.close()
+        atexit.unregister(end.close)
 
 
 def _server() -> multiprocessing.context.ForkServerContext:
@@ -210,12 +220,6 @@ def _server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-@functools.cache
-def _lifeline(process: int) -> tuple[Connection, Connection]:
-    """A pipe whose writing end ``process`` alone holds: it closes when that process ends."""
-    return multiprocessing.Pipe(duplex=False)
-
-
 def _begin(lifeline: Connection, worker: int) -> None:
     """In a worker: outlive the signals that ask a run to save, but not the run.
 
@@ -224,7 +228,7 @@ def _begin(lifeline: Connection, worker: int) -> None:
 
     torch's workers watch their parent, which here is the server; the server waits for the
     workers. After a SIGKILL of the run both would stay for ever. So a worker ends when the other
-    end of ``lifeline`` has closed.
+    end of ``lifeline``, which the run alone holds, has closed.
     """
     for number in _SPARED - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)

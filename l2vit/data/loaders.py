@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def _dali(
     )
 
 
-def _augmented(batches: DaliBatches, augment: AugmentConfig) -> Iterator[RawBatch]:
+def _augmented(batches: DaliBatches, augment: AugmentConfig) -> Generator[RawBatch, None, None]:
     fill = fill_colour(augment)
     for feed, pixels in batches:
         extra = feed.extra
@@ -166,7 +167,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        raw: Iterator[RawBatch],
+        raw: Generator[RawBatch, None, None],
         finish: Finisher,
         log: BadSampleLog,
         *,
@@ -177,10 +178,11 @@ class TrainLoader:
         self._log = log
         self._batches = _Ahead(self._finished(raw, finish), device)
 
-    def _finished(self, raw: Iterator[RawBatch], finish: Finisher) -> Iterator[Batch]:
-        for batch in raw:
-            self._log.record(batch.bad, complete=batch.complete)
-            yield finish(batch)
+    def _finished(self, raw: Generator[RawBatch, None, None], finish: Finisher) -> Iterator[Batch]:
+        with contextlib.closing(raw):  # an error's traceback would keep its processes alive
+            for batch in raw:
+                self._log.record(batch.bad, complete=batch.complete)
+                yield finish(batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -256,6 +256,18 @@ def test_workers_do_not_outlive_a_killed_run(shards):
     assert run.communicate(timeout=300)[0] == b""
 
 
+FAILING = READ.replace("threads=0", "threads=1, max_bad_samples=0").replace("range(3)", "range(99)")
+
+
+def test_a_failed_run_ends(make_shards):
+    """Its error's traceback, which holds the loader's frames, must not keep the workers waiting."""
+    shards = make_shards()
+    (shards.directory / shards.manifest.shards[2].name).write_bytes(b"")
+    command = [sys.executable, "-c", FAILING, str(shards.directory), "0"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1 and "1 unusable samples" in run.stderr
+
+
 def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):
     """Slurm and terminals signal all processes; the step under way still needs its batches."""
     others = set(multiprocessing.active_children())
