@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2vit import files
+from l2vit.data.bad_samples import LOG_NAME
 from l2vit.train.metrics import JSONL, Metrics, clock, read
 
 NAME = "report.html"
@@ -43,7 +44,8 @@ def finish(run: Path, metrics: Metrics, *, main: bool, done: bool) -> None:
     records = read(run / JSONL)
     files.write_text(run / NAME, page(run.name, records, done=done))
     state = "finished" if done else "stopped; the same command continues it"
-    rows = "\n".join(f"  {name:32} {value}" for name, value in summary(records))
+    told = summary(records) + _replaced(run / LOG_NAME)
+    rows = "\n".join(f"  {name:32} {value}" for name, value in told)
     metrics.say(f"{run}: {state}\n{rows}\n  {'report':32} {run / NAME}")
 
 
@@ -76,6 +78,12 @@ def summary(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
             last = _last(records, key)
             rows.append((key, f"{last:.3f} (best {best[1]:.3f} at step {best[0]:,.0f})"))
     return rows
+
+
+def _replaced(log: Path) -> list[tuple[str, str]]:
+    """Where to read on if samples were unreadable and others took their places."""
+    count = len(log.read_text().splitlines()) if log.exists() else 0
+    return [("bad samples, replaced", f"{count:,}, listed in {log}")] if count else []
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> Any:

@@ -20,6 +20,7 @@ import torch
 
 from l2vit import files
 from l2vit.config import dump, to_tree
+from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError, UserError
 from l2vit.launch import preflight
@@ -329,7 +330,7 @@ def _data(
         global_batch=config.schedule.global_batch,
         device=world.device,
         images_seen=state.images_seen,
-        bad_samples_log=directory / "bad_samples.jsonl",
+        bad_samples_log=directory / LOG_NAME,
     )
     mixer = Mixer(config.augment, num_classes=len(manifest.classes), seed=config.run.seed)
     return loader, mixer

@@ -130,6 +130,17 @@ def test_the_report_draws_what_was_measured(tmp_path):
     assert metrics.clock(3 * 86400 + 3723) == "3 d 01:02:03"
 
 
+def test_the_end_tells_of_replaced_samples(tmp_path, capsys):
+    door = metrics.Metrics(tmp_path, main=True, total_steps=1)
+    door.log(1, {"loss": 1.0}, images_seen=8)
+    report.finish(tmp_path, door, main=True, done=True)
+    assert "bad samples" not in capsys.readouterr().out
+    (tmp_path / "bad_samples.jsonl").write_text('{"key": "a"}\n{"key": "b"}\n')
+    report.finish(tmp_path, door, main=True, done=True)
+    assert "2, listed in" in capsys.readouterr().out
+    door.close()
+
+
 def test_skipped_steps_are_counted_in_a_row(tmp_path):
     state = TrainState()
     options = {"limit": 2, "run": tmp_path}
