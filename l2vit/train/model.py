@@ -56,7 +56,23 @@ def create(config: TrainConfig, *, classes: int) -> nn.Module:
             raise ConfigError(f"model: {settings.name} cannot be built so: {error}") from None
     if config.engine.grad_checkpointing:
         _checkpoint_gradients(model, settings.name)
+    _try_evaluation_sizes(model, config)
     return model
+
+
+def _try_evaluation_sizes(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse now, not at the first evaluation, a size that a model of fixed size cannot take."""
+    for name, extra in config.eval.extra.items():
+        if extra.input_size in (0, config.data.input_size):
+            continue
+        shapes_only = copy.deepcopy(model).to("meta").eval()
+        try:
+            shapes_only(torch.empty(1, 3, extra.input_size, extra.input_size, device="meta"))
+        except (ValueError, AssertionError) as error:  # what models raise for their input's size
+            raise ConfigError(
+                f"eval.extra.{name}.input_size: {config.model.name} built for"
+                f" {config.data.input_size} pixels cannot take {extra.input_size}: {error}"
+            ) from None
 
 
 def _checkpoint_gradients(model: nn.Module, name: str) -> None:

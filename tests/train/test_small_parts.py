@@ -13,6 +13,7 @@ from l2vit.errors import ConfigError, UserError
 from l2vit.train import distributed, faults, metrics, model, report, vitals, watchdog
 from l2vit.train.clock import PhaseClock, Place
 from l2vit.train.config import (
+    EvalSetConfig,
     FaultsConfig,
     LogConfig,
     ModelConfig,
@@ -66,6 +67,18 @@ def test_a_network_that_cannot_be_built_is_a_configuration_error():
         model.create(config, classes=10)
     config.model.args = {"attention": "quadratic"}
     with pytest.raises(ConfigError, match="unknown attention 'quadratic'; known: softmax"):
+        model.create(config, classes=10)
+
+
+@pytest.mark.parametrize("name", ["inline_swin_mini", "vit_tiny_patch16_224", "l2vit_mini"])
+def test_an_evaluation_size_is_tried_before_training(name):
+    config = TrainConfig(RunConfig("unused"), ModelConfig(name), ScheduleConfig(1))
+    config.data.input_size = 64
+    config.eval.extra = {"large": EvalSetConfig("somewhere", input_size=96)}
+    if name == "l2vit_mini":  # takes any size
+        model.create(config, classes=10)
+        return
+    with pytest.raises(ConfigError, match=r"eval\.extra\.large\.input_size: .* cannot take 96"):
         model.create(config, classes=10)
 
 
