@@ -191,17 +191,26 @@ def _told(
             if isinstance(item, UserError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _is_of_lost_worker(error):
             raise
+        what = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"a process that loads pictures was killed ({str(error).splitlines()[0]}); if the"
-            " machine ran out of memory, lower data.threads or data.prefetch"
+            f"a process that loads pictures was killed ({what}); if the machine ran out of memory,"
+            " lower data.threads or data.prefetch"
         ) from error
     finally:
         del items  # ends the workers orderly, unless a traceback still holds it
         end.close()
         atexit.unregister(end.close)
+
+
+def _is_of_lost_worker(error: Exception) -> bool:
+    """Whether a worker died: torch says so, or a batch on its way was cut off with it."""
+    if str(error).startswith("Caught "):  # raised in a worker that lives
+        return False
+    cut_off = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    return cut_off or "DataLoader worker" in str(error)
 
 
 def _server() -> multiprocessing.context.ForkServerContext:

@@ -16,6 +16,7 @@ from photo_shards import jpeg, photo, write_shards
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
+from l2vit.data import host_loader
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
 from l2vit.data.dali_loader import build_graph
 from l2vit.data.loaders import eval_loader, train_loader
@@ -268,6 +269,28 @@ def test_a_failed_run_ends(make_shards):
     assert run.returncode == 1 and "1 unusable samples" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (EOFError(), True),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback"), False),
+        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_a_lost_worker_is_told_from_an_error_in_it(error, lost):
+    def items():
+        raise error
+        yield
+
+    _, end = multiprocessing.Pipe()
+    with pytest.raises(UserError if lost else type(error)) as raised:
+        list(host_loader._told(items(), end))
+    assert not lost or "was killed" in str(raised.value)
+
+
 def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):
     """Slurm and terminals signal all processes; the step under way still needs its batches."""
     others = set(multiprocessing.active_children())
@@ -280,7 +303,7 @@ def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):
     for batch in expected[1:]:
         assert torch.equal(next(loader).images, batch.images)
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"pictures was killed \(DataLoader worker.*data.threads"):
+    with pytest.raises(UserError, match=r"pictures was killed \(.*data.threads"):
         [next(loader) for _ in range(9)]
     loader.close()
     with pytest.raises(UserError):
