@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ from l2vit.errors import UserError
 
 _SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 """What a user or a scheduler may send to all processes of a run so that it saves and stops."""
+_DYING = 5.0
+"""Seconds in which a worker whose batch was cut off turns out to be dead."""
 
 
 def _decoded(
@@ -191,8 +193,10 @@ def _told(
             if isinstance(item, UserError):
                 raise item
             yield item
-    except (RuntimeError, OSError, EOFError) as error:
-        if not _is_of_lost_worker(error):
+    except UserError:
+        raise
+    except Exception as error:
+        if not _is_of_lost_worker(error, items):
             raise
         what = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -205,12 +209,13 @@ def _told(
         atexit.unregister(end.close)
 
 
-def _is_of_lost_worker(error: Exception) -> bool:
+def _is_of_lost_worker(error: Exception, items: Iterator[Any]) -> bool:
     """Whether a worker died: torch says so, or a batch on its way was cut off with it."""
-    if str(error).startswith("Caught "):  # raised in a worker that lives
-        return False
-    cut_off = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
-    return cut_off or "DataLoader worker" in str(error)
+    text = str(error)
+    if text.startswith("Caught ") or "DataLoader worker" in text:  # raised in a worker that lives?
+        return not text.startswith("Caught ")
+    ends = [worker.sentinel for worker in getattr(items, "_workers", ())]
+    return bool(wait(ends, timeout=_DYING))
 
 
 def _server() -> multiprocessing.context.ForkServerContext:

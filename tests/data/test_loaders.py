@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,24 +271,33 @@ def test_a_failed_run_ends(make_shards):
 
 
 @pytest.mark.parametrize(
-    ("error", "lost"),
+    ("error", "dead", "lost"),
     [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
-        (ConnectionResetError(104, "Connection reset by peer"), True),
-        (EOFError(), True),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback"), False),
-        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), False),
-        (OSError(28, "No space left on device"), False),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), False, True),
+        (ConnectionResetError(104, "Connection reset by peer"), True, True),
+        (RuntimeError("received 0 items of ancillary data"), True, True),
+        (EOFError(), True, True),
+        (OSError(28, "No space left on device"), False, False),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTrace"), True, False),
     ],
 )
-def test_a_lost_worker_is_told_from_an_error_in_it(error, lost):
-    def items():
-        raise error
-        yield
+def test_a_lost_worker_is_told_from_an_error_in_it(error, dead, lost, monkeypatch):
+    monkeypatch.setattr(host_loader, "_DYING", 0.1)
+    sentinel, held = multiprocessing.Pipe(duplex=False)
+    if dead:
+        held.close()
 
-    _, end = multiprocessing.Pipe()
+    class Items:
+        _workers = (SimpleNamespace(sentinel=sentinel),)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise error
+
     with pytest.raises(UserError if lost else type(error)) as raised:
-        list(host_loader._told(items(), end))
+        list(host_loader._told(Items(), multiprocessing.Pipe()[1]))
     assert not lost or "was killed" in str(raised.value)
 
 
