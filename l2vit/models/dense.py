@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2vit.models.tracing import eager
+
 PIECE_BYTES = 1 << 24
 """Intermediates of twice this size and more are made in pieces: they stay in cache, and below the
 32 MB from which the C allocator returns memory to the system at once, whose fresh pages cost more
@@ -46,8 +48,7 @@ def fusible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == bias.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and eager()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
@@ -98,7 +99,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 def pieces(x: Tensor, width: int) -> int:
     """In how many row blocks to take ``x`` (..., C) when ``width`` values are made of each row."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or not eager():
         return 1
     size = x.numel() // x.shape[-1] * width * x.element_size()
     return 1 if size < 2 * PIECE_BYTES else -(-size // PIECE_BYTES)

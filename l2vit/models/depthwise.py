@@ -17,7 +17,7 @@ from torch.nn.grad import conv2d_weight
 
 from l2vit.models import kernels
 from l2vit.models.dense import fusible
-from l2vit.models.tracing import exporting
+from l2vit.models.tracing import eager, exporting
 
 _FAST_COLUMNS = 3
 
@@ -53,9 +53,8 @@ class DepthwiseConv(nn.Conv2d):
     def with_input(self, x: Tensor) -> Tensor:
         """The layer's output plus its input; in full precision on CPUs one in the middle of the
         kernel adds it (beside 1, bf16 would round the kernel away)."""
-        eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
         exact = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        if x.device.type != "cpu" or not eager or not exact or torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or not eager() or not exact or torch.is_autocast_enabled("cpu"):
             return x + self(x)
         height, width = (side // 2 for side in self.weight.shape[2:])
         middle = F.pad(self.weight.new_ones(1, 1, 1, 1), (width, width, height, height))

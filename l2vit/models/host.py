@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2vit.models.attentions import core_factory, linear_blocks
 from l2vit.models.cores import CoreFactory, Grid, resize_bias, resize_grid
 from l2vit.models.dense import Linear
-from l2vit.models.layers import Mlp, MlpKind, to_nchw, to_nhwc
+from l2vit.models.layers import Mlp, MlpKind, residual, to_nchw, to_nhwc
 from l2vit.models.pyramid import Pyramid, Stage
 
 _logger = logging.getLogger(__name__)
@@ -132,12 +132,9 @@ class HostBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and isinstance(self.drop_path, DropPath):
-            x = x + self.drop_path(self.attn(self.norm1(x), x))
-            return x + self.drop_path(self.mlp(self.norm2(x)))
-        # Without a chance to drop them, the branches add x on their way out.
-        x = self.attn(self.norm1(x), x, x)
-        return self.mlp(self.norm2(x), x)
+        # The attention is given x itself, too: some cores reduce it for keys and values.
+        x = residual(x, lambda y, *add: self.attn(y, x, *add), self.norm1, self.drop_path)
+        return residual(x, self.mlp, self.norm2, self.drop_path)
 
 
 class ConvEmbed(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from l2vit.models.layers import (
     WindowAttention,
     pad_to_multiple,
     require_one_of,
+    residual,
     shortfall,
     to_nchw,
     to_nhwc,
@@ -126,19 +127,13 @@ class Block(nn.Module):
         add = add if add is None else add.flatten(1, 2)
         return self.attn(x.flatten(1, 2), add).view(x.shape)
 
-    def residual(self, x: Tensor, branch: Callable[..., Tensor], norm: nn.Module) -> Tensor:
-        """``x + drop_path(branch(norm(x)))``; unless it may drop, the branch adds x on its way."""
-        if self.training and isinstance(self.drop_path, DropPath):
-            return x + self.drop_path(branch(norm(x)))
-        return branch(norm(x), x)
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = self.residual(x, self.attend, self.norm1)
+        x = residual(x, self.attend, self.norm1, self.drop_path)
         x = self.cpe2(x)
         if self.lcm is not None and self.lcm_norm is not None:
             x = x + self.drop_path(self.lcm(self.lcm_norm(x)))
-        return self.residual(x, self.mlp, self.norm2)
+        return residual(x, self.mlp, self.norm2, self.drop_path)
 
 
 class L2ViT(Pyramid):

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -203,6 +204,19 @@ class Mlp(nn.Module):
 def shortfall(size: int, multiple: int) -> int:
     """What ``size`` lacks to a multiple; a form that sympy, unlike the remainder, sees through."""
     return (size + multiple - 1) // multiple * multiple - size
+
+
+def residual(
+    x: Tensor, branch: Callable[..., Tensor], norm: nn.Module, drop_path: nn.Module
+) -> Tensor:
+    """``x + drop_path(branch(norm(x)))``; unless it may drop, the branch adds x on its way out.
+
+    Args:
+        branch: called with the normed x and, where it is to add it, with x.
+    """
+    if drop_path.training and isinstance(drop_path, DropPath):
+        return x + drop_path(branch(norm(x)))
+    return branch(norm(x), x)
 
 
 def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:

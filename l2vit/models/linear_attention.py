@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from l2vit.models import kernels
+from l2vit.models.tracing import eager
 
 _WORTH_IT = 128  # tokens from which the product saves more than a Python loop over heads costs
 _KERNEL_WIDTHS = (16, 32)  # head widths that the Triton kernels are written for
@@ -97,8 +98,7 @@ def linear_attention(
     fused = not qk_first and observer is None and qkv.shape[2] // (3 * heads) in _KERNEL_WIDTHS
     if fused and kernels.chosen("linear_attention", qkv):
         return torch.ops.l2vit.linear_attention(qkv, scale, heads, clamp)[0]
-    eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    direct = eager and qkv.device.type == "cpu" and observer is None and not qk_first
+    direct = eager() and qkv.device.type == "cpu" and observer is None and not qk_first
     if direct and qkv.shape[1] >= _WORTH_IT:
         return _ByHeads.apply(qkv, scale, heads, clamp)
     return plain(qkv, scale, heads, clamp, qk_first=qk_first, observer=observer)

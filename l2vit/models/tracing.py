@@ -19,6 +19,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def eager() -> bool:
+    """Whether neither a compiler nor torch.jit.trace looks on: forms for one device may run."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def certain(condition: bool) -> bool:
     """Whether a condition on sizes holds; where they are symbolic, whether it always does.
 
