@@ -152,15 +152,20 @@ class BadSampleLog:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def _recorded(self) -> set[int]:
-        if self._path is None or not self._path.exists():
-            return set()
-        seen = set()
-        for line in self._path.read_text().splitlines():
-            try:
-                seen.add(int(json.loads(line)["sample_id"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut off by a crash counts for nothing
+        return set() if self._path is None else recorded(self._path)
+
+
+def recorded(path: Path) -> set[int]:
+    """Sample ids in a ``bad_samples.jsonl``; none where there is no such file."""
+    seen: set[int] = set()
+    if not path.exists():
         return seen
+    for line in path.read_text().splitlines():
+        try:
+            seen.add(int(json.loads(line)["sample_id"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut off by a crash counts for nothing
+    return seen
 
 
 class NoBadSamples:

@@ -211,9 +211,10 @@ def _told(
 
 def _is_of_lost_worker(error: Exception, items: Iterator[Any]) -> bool:
     """Whether a worker died: torch says so, or a batch on its way was cut off with it."""
-    text = str(error)
-    if text.startswith("Caught ") or "DataLoader worker" in text:  # raised in a worker that lives?
-        return not text.startswith("Caught ")
+    if str(error).startswith("Caught "):  # raised in a worker that lives
+        return False
+    if "DataLoader worker" in str(error):
+        return True
     ends = [worker.sentinel for worker in getattr(items, "_workers", ())]
     return bool(wait(ends, timeout=_DYING))
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from l2vit import files
+from l2vit.data.config import DataConfig
 from l2vit.errors import UserError
 
 FORMAT = 1
@@ -151,6 +152,19 @@ class Manifest:
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: malformed manifest ({error})") from error
+
+    @classmethod
+    def of_training(cls, data: DataConfig) -> Manifest:
+        """The manifest of ``data.train``, its shards checked unless they are streamed.
+
+        Raises:
+            UserError: of :meth:`load` and :meth:`require_shards`.
+        """
+        directory = Path(data.train)
+        manifest = cls.load(directory)
+        if not data.stream:
+            manifest.require_shards(directory)
+        return manifest
 
     def require_shards(self, directory: Path) -> None:
         """Check that every tar and index is there with the recorded size (not their hashes).

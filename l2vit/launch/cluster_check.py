@@ -138,9 +138,7 @@ def _loading(config: TrainConfig, world: World, *, seconds: float = SECONDS) -> 
 def _loader_rate(config: TrainConfig, world: World, seconds: float) -> float:
     from l2vit.data.loaders import train_loader
 
-    manifest = Manifest.load(Path(config.data.train))
-    if not config.data.stream:
-        manifest.require_shards(Path(config.data.train))
+    manifest = Manifest.of_training(config.data)
     split = batching.split(
         config.schedule.global_batch,
         world=world.size,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2vit import files
-from l2vit.data.bad_samples import LOG_NAME
+from l2vit.data.bad_samples import LOG_NAME, recorded
 from l2vit.train.metrics import JSONL, Metrics, clock, read
 
 NAME = "report.html"
@@ -82,7 +82,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _replaced(log: Path) -> list[tuple[str, str]]:
     """Where to read on if samples were unreadable and others took their places."""
-    count = len(log.read_text().splitlines()) if log.exists() else 0
+    count = len(recorded(log))
     return [("bad samples, replaced", f"{count:,}, listed in {log}")] if count else []
 
 

@@ -292,9 +292,7 @@ def _load_manifest(config: TrainConfig, world: World) -> Manifest:
     problem: UserError | None = None
     manifest: Manifest | None = None
     try:
-        manifest = Manifest.load(Path(config.data.train))
-        if not config.data.stream:
-            manifest.require_shards(Path(config.data.train))
+        manifest = Manifest.of_training(config.data)
     except UserError as error:
         problem = error
     world.agree(problem)

@@ -148,7 +148,7 @@ def test_the_end_tells_of_replaced_samples(tmp_path, capsys):
     door.log(1, {"loss": 1.0}, images_seen=8)
     report.finish(tmp_path, door, main=True, done=True)
     assert "bad samples" not in capsys.readouterr().out
-    (tmp_path / "bad_samples.jsonl").write_text('{"key": "a"}\n{"key": "b"}\n')
+    (tmp_path / "bad_samples.jsonl").write_text('{"sample_id": 3}\n{"sample_id": 5}\n{"sam')
     report.finish(tmp_path, door, main=True, done=True)
     assert "2, listed in" in capsys.readouterr().out
     door.close()
