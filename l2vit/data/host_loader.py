@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import itertools
-import multiprocessing
-import multiprocessing.context
-import os
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +18,6 @@ from l2vit.data.pixel_ops import apply_ops
 from l2vit.data.plan import EvalPlan, TrainPlan, Work
 from l2vit.data.raw import Erasing, RawBatch
 from l2vit.data.shards import ShardReader
-from l2vit.errors import UserError
-
-_SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-"""What a user or a scheduler may send to all processes of a run so that it saves and stops."""
-_DYING = 5.0
-"""Seconds in which a worker whose batch was cut off turns out to be dead."""
 
 
 def _decoded(
@@ -131,131 +114,3 @@ class HostEvalSet(torch.utils.data.Dataset[RawBatch]):
         return RawBatch(
             work, pixels, fetched.ids, fetched.labels, None, fetched.bad, fetched.complete
         )
-
-
-def host_batches(
-    dataset: torch.utils.data.Dataset[RawBatch],
-    *,
-    workers: int,
-    prefetch: int,
-    pin: bool,
-    count: int | None = None,
-) -> Generator[RawBatch, None, None]:
-    """Batches 0, 1, … of ``dataset`` in order, made ahead by ``workers`` processes.
-
-    Args:
-        dataset: makes a batch from its number.
-        workers: worker processes; 0 works in this one, when asked.
-        prefetch: batches ready ahead in each worker.
-        pin: put them in page-locked memory (for a GPU).
-        count: how many; None for without end.
-    """
-    numbers: Iterable[int] | None = itertools.count() if count is None else range(count)
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        numbers = None  # it counts by itself
-    else:
-        dataset = _Telling(dataset)
-    lifeline, end = multiprocessing.Pipe(duplex=False)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        multiprocessing_context=_server() if workers else None,
-        worker_init_fn=functools.partial(_begin, lifeline),
-        sampler=numbers,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        collate_fn=_unchanged,
-        pin_memory=pin,
-    )
-    atexit.register(end.close)  # before multiprocessing waits for the workers
-    return _told(iter(loader), end)
-
-
-@dataclass
-class _Telling(torch.utils.data.Dataset[Any]):
-    """Gives a user's error back instead of raising it: torch would bury it in a traceback."""
-
-    inner: torch.utils.data.Dataset[RawBatch]
-
-    def __getitem__(self, number: int) -> RawBatch | UserError:
-        try:
-            return self.inner[number]
-        except UserError as error:
-            return error
-
-
-def _told(
-    items: Iterator[RawBatch | UserError], end: Connection
-) -> Generator[RawBatch, None, None]:
-    """``items``, until a user's error; closes ``end`` of the workers' lifeline afterwards."""
-    try:
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-            yield item
-    except UserError:
-        raise
-    except Exception as error:
-        if not _is_of_lost_worker(error, items):
-            raise
-        what = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"a process that loads pictures was killed ({what}); if the machine ran out of memory,"
-            " lower data.threads or data.prefetch"
-        ) from error
-    finally:
-        del items  # ends the workers orderly, unless a traceback still holds it
-        end.close()
-        atexit.unregister(end.close)
-
-
-def _is_of_lost_worker(error: Exception, items: Iterator[Any]) -> bool:
-    """Whether a worker died: torch says so, or a batch on its way was cut off with it."""
-    if str(error).startswith("Caught "):  # raised in a worker that lives
-        return False
-    if "DataLoader worker" in str(error):
-        return True
-    ends = [worker.sentinel for worker in getattr(items, "_workers", ())]
-    return bool(wait(ends, timeout=_DYING))
-
-
-def _server() -> multiprocessing.context.ForkServerContext:
-    """Where workers are forked from: a process that has imported what they need, once.
-
-    Not from this one: it has threads (DALI, gloo, NCCL) whose locks a fork would copy held. The
-    server and its workers begin with the signals of ``_SPARED`` blocked.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
-def _begin(lifeline: Connection, worker: int) -> None:
-    """In a worker: outlive the signals that ask a run to save, but not the run.
-
-    Slurm and terminals signal every process of a job, and the step under way may still need
-    batches. torch ends a worker that does not answer by SIGTERM: the second one is obeyed.
-
-    torch's workers watch their parent, which here is the server; the server waits for the
-    workers. After a SIGKILL of the run both would stay for ever. So a worker ends when the other
-    end of ``lifeline``, which the run alone holds, has closed.
-    """
-    for number in _SPARED - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SPARED)
-
-    def watch() -> None:
-        lifeline.poll(None)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch", daemon=True).start()
-
-
-def _unchanged(raw: Any) -> Any:
-    return raw

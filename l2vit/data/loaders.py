@@ -18,7 +18,7 @@ from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.dali_loader import DaliBatches
 from l2vit.data.draws import Drawer, fill_colour
 from l2vit.data.feeds import EvalFeeds, TrainFeeds
-from l2vit.data.host_loader import HostEvalSet, HostTrainSet, host_batches
+from l2vit.data.host_loader import HostEvalSet, HostTrainSet
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import SampleOrder, Share
 from l2vit.data.pixel_ops import apply_ops
@@ -26,6 +26,7 @@ from l2vit.data.plan import EvalPlan, TrainPlan
 from l2vit.data.raw import Finisher, RawBatch
 from l2vit.data.shards import ShardReader
 from l2vit.data.subset import subset_ids
+from l2vit.data.workers import host_batches
 from l2vit.errors import ConfigError
 
 _PATIENCE = 60.0

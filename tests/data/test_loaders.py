@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from photo_shards import jpeg, photo, write_shards
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
-from l2vit.data import host_loader
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
 from l2vit.data.dali_loader import build_graph
 from l2vit.data.loaders import eval_loader, train_loader
@@ -268,37 +266,6 @@ def test_a_failed_run_ends(make_shards):
     command = [sys.executable, "-c", FAILING, str(shards.directory), "0"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and "1 unusable samples" in run.stderr
-
-
-@pytest.mark.parametrize(
-    ("error", "dead", "lost"),
-    [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), False, True),
-        (ConnectionResetError(104, "Connection reset by peer"), True, True),
-        (RuntimeError("received 0 items of ancillary data"), True, True),
-        (EOFError(), True, True),
-        (OSError(28, "No space left on device"), False, False),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTrace"), True, False),
-    ],
-)
-def test_a_lost_worker_is_told_from_an_error_in_it(error, dead, lost, monkeypatch):
-    monkeypatch.setattr(host_loader, "_DYING", 0.1)
-    sentinel, held = multiprocessing.Pipe(duplex=False)
-    if dead:
-        held.close()
-
-    class Items:
-        _workers = (SimpleNamespace(sentinel=sentinel),)
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            raise error
-
-    with pytest.raises(UserError if lost else type(error)) as raised:
-        list(host_loader._told(Items(), multiprocessing.Pipe()[1]))
-    assert not lost or "was killed" in str(raised.value)
 
 
 def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -129,12 +130,11 @@ def test_a_stop_that_could_not_save_is_a_failure(tmp_path):
 
 
 def test_a_signal_during_the_pause_ends_the_waiting(tmp_path, monkeypatch):
-    # A signaller of the script's would end with its session; an alarm of our own does not.
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    # A signaller of the script's would end with its session; a thread of our own does not.
     pause = Supervisor._pause
 
     def alarmed(self, seconds):
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return pause(self, seconds)
 
     monkeypatch.setattr(Supervisor, "_pause", alarmed)
