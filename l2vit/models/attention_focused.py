@@ -59,8 +59,8 @@ class FocusedCore(nn.Module):
             split_heads(focus(k, self.power), self.heads),
         )
 
-    def _denominator(self, q: Tensor, k: Tensor) -> Tensor:
-        denominator = q @ k.mean(2, keepdim=True).transpose(2, 3)
+    def _denominator(self, q: Tensor, mean: Tensor) -> Tensor:
+        denominator = q @ mean.transpose(2, 3)
         if self.observer is not None:
             self.observer(denominator.detach())
         return denominator + EPS
@@ -80,16 +80,22 @@ class FocusedCore(nn.Module):
         local = self.local(v[:, prefix:], grid)
         with without_autocast(q):
             q, k = self.features(q, k)
-            # Before the products, where a tiny denominator still meets a tiny query.
-            q = q / self._denominator(q, k)
+            mean = k.mean(2, keepdim=True)
+            # The channels of k̄ go from the keys to the queries, in which they sum to at most 1.
+            # Focusing leaves weak channels and heads so small that fp16 could not hold q over its
+            # denominator, nor k. It changes no product, so no gradient need pass through it.
+            level = mean.detach().clamp(min=torch.finfo(mean.dtype).tiny)
+            q = q / self._denominator(q, mean) * level
+            # n^-½ to each side: the plain sum over the tokens overflows fp16.
+            factor = k.shape[2] ** -0.5
+            k = k * (factor / level)
         values = split_heads(v, self.heads)
-        # n^-½ to each side: the plain sum over the tokens overflows fp16.
-        factor = k.shape[2] ** -0.5
-        keys = (k * factor).to(v.dtype).transpose(2, 3)
+        keys = k.to(v.dtype).transpose(2, 3)
         out = join_heads(q.to(v.dtype) @ (keys @ (values * factor)))
         return out + F.pad(local, (0, 0, prefix, 0))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """What each query gives each key, (B, heads, N, n): all positive, summing to nearly 1."""
         q, k = self.features(q, k)
-        return q @ k.transpose(2, 3) / (k.shape[2] * self._denominator(q, k))
+        denominator = self._denominator(q, k.mean(2, keepdim=True))
+        return q @ k.transpose(2, 3) / (k.shape[2] * denominator)

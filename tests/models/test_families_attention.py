@@ -143,6 +143,27 @@ def test_all_zero_tokens_in_half_precision():
     assert torch.isfinite(out).all() and torch.isfinite(q.grad).all()
 
 
+@pytest.mark.parametrize("weak", [0.0, 1e-3, 1e-2], ids=["dead", "thousandth", "hundredth"])
+def test_weak_keys_in_half_precision(weak):
+    """Cubing makes a head whose keys are a hundredth of the others' a millionth: in fp16 its
+    queries over their denominators overflowed, and infinity times nothing is no number."""
+    core = focused_core()
+    torch.nn.init.zeros_(core.positional_encoding)
+    q, k, v, source = tensors(16)
+    k = torch.cat([k[..., :4].abs() * weak, k[..., 4:]], 2)
+    given = [t.half().requires_grad_() for t in (q, k, v)]
+    half = FocusedCore(Site(DIM, HEADS, (SIDE, SIDE))).half()
+    half.load_state_dict(core.state_dict())
+    answer = half(*given, (SIDE, SIDE), source.half())
+    answer.float().square().sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in (*given, *half.parameters()))
+    weights = {name: value.double() for name, value in half.state_dict().items()}
+    for i in range(2):
+        exact = [t[i].detach().double() for t in given]
+        expected = reference.focused(*exact, weights, "", HEADS, SIDE)
+        torch.testing.assert_close(answer[i].double(), expected, rtol=5e-3, atol=5e-3)
+
+
 def test_softmax_is_the_textbook_one():
     q, k, v, source = tensors(16, 4)
     answer = SoftmaxCore(Site(DIM, HEADS, (SIDE, SIDE), keys=4))(q, k, v, (SIDE, SIDE), source)
