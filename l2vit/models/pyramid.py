@@ -36,9 +36,12 @@ class Stage(nn.Module):
 
 def _run(module: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
     """``module(x)``, in training recomputed in the backward pass if asked to."""
-    if recompute and module.training and torch.is_grad_enabled():
-        return checkpoint(module, x, use_reentrant=False, context_fn=_recompute_contexts)
-    return module(x)
+    if not (recompute and module.training and torch.is_grad_enabled()):
+        return module(x)
+    if torch.compiler.is_compiling():
+        # Compilers take no contexts, and write a buffer once however often they compute its value.
+        return checkpoint(module, x, use_reentrant=False)
+    return checkpoint(module, x, use_reentrant=False, context_fn=_recompute_contexts)
 
 
 def _recompute_contexts() -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Compilers, exporters and the libraries that take backbones."""
 
+import copy
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,22 @@ def test_compiles_into_one_graph(backend, depths, tmp_path, monkeypatch):
     plain.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), plain(images), rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_compiles_with_gradient_checkpointing():
+    """Gradients and what BatchNorm has seen are those of the plain model."""
+    torch.manual_seed(0)
+    plain = timm.create_model("l2vit_mini", num_classes=5, depths=(2,)).double()
+    recomputed = copy.deepcopy(plain)
+    recomputed.set_grad_checkpointing(True)
+    compiled = torch.compile(recomputed, backend="aot_eager", fullgraph=True)
+    images, seen = torch.randn(2, 3, 40, 64, dtype=torch.float64), []
+    for call, model in ((compiled, recomputed), (plain, plain)):
+        call(images).square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        seen.append(gradients | dict(model.named_buffers()))
+    torch.testing.assert_close(*seen, rtol=1e-7, atol=1e-9)
     torch.compiler.reset()
 
 
