@@ -206,17 +206,45 @@ def resize_tables(
 
 
 def adapt_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's checkpoint filter: weights of another input size made to fit ``model``, with a log."""
+    """timm's checkpoint filter: weights of another input size made to fit ``model``, with a log.
+
+    Raises:
+        ValueError: a table that is no square grid, or is to become another one.
+    """
     resized, lines = resize_tables(state, model.state_dict())
+    if any(resized[name].shape != state[name].shape for name in _grid_tables(state)):
+        _require_square(model.img_size)
     for line in lines:
         _logger.info(line)
     return resized
+
+
+def _grid_tables(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tables with a row for each place of a stage's grid."""
+    return [name for name in state if name.endswith(TABLES[:2])]
+
+
+def _require_square(*sizes: Any) -> None:
+    """A table does not tell its grid's sides: 16 rows may be 4×4, 8×2 or 2×8."""
+    for size in map(to_2tuple, sizes):
+        if size[0] != size[1]:
+            raise ValueError(f"position tables cannot be resized for or from images of {size}")
+
+
+def _prune_like(other: nn.Module, model: nn.Module) -> None:
+    """Drop from ``other`` the stages, blocks and norms that ``model`` lost as a backbone."""
+    for name, part in model.named_children():
+        if isinstance(part, nn.ModuleList | nn.Sequential):
+            setattr(other, name, getattr(other, name)[: len(part)])
+        elif isinstance(part, nn.Identity):
+            setattr(other, name, nn.Identity())
 
 
 class Resizable(nn.Module):
     """A model that can be rebuilt for another input size; ``arguments`` made it what it is."""
 
     arguments: dict[str, Any]
+    img_size: tuple[int, int]
 
     def set_input_size(
         self,
@@ -226,7 +254,8 @@ class Resizable(nn.Module):
         """Rebuild for another input size or window; position tables are resized (and logged).
 
         Raises:
-            ValueError: the windows do not divide the new grids, or a table is not square.
+            ValueError: the windows do not divide the new grids or make other parameters of them,
+                or position tables would have to be resized from or to another shape than a square.
         """
         changes: dict[str, Any] = {"num_classes": self.num_classes}
         if img_size is not None:
@@ -237,9 +266,10 @@ class Resizable(nn.Module):
         for name in ("head", "global_pool"):  # as reset_classifier may have left them
             if hasattr(self, name):
                 setattr(other, name, getattr(self, name))
+        _prune_like(other, self)
         reference = next(self.parameters())
         other.to(reference.device, reference.dtype)
-        other.load_state_dict(adapt_state_dict(self.state_dict(), other))
+        other.load_state_dict(self._state_for(other))
         for old, new in zip(self.parameters(), other.parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
         for before, after in zip(self.modules(), other.modules(), strict=True):
@@ -249,6 +279,21 @@ class Resizable(nn.Module):
         for name, value in vars(other).items():
             if name in ("_modules", "_parameters", "_buffers") or not name.startswith("_"):
                 setattr(self, name, value)
+
+    def _state_for(self, other: Any) -> dict[str, Tensor]:
+        """The weights, resized for ``other``, which may differ from this model by its size only."""
+        own = self.state_dict()
+        if _grid_tables(own) and to_2tuple(self.img_size) != to_2tuple(other.img_size):
+            _require_square(self.img_size, other.img_size)
+        state, wanted = adapt_state_dict(own, other), other.state_dict()
+        odd = {(n, t.shape) for n, t in state.items()} ^ {(n, t.shape) for n, t in wanted.items()}
+        if odd:
+            raise ValueError(
+                f"images of {to_2tuple(other.img_size)} need other parameters than those of"
+                f" {to_2tuple(self.img_size)} ({min(odd)[0]}): choose a window_size of the same"
+                " share of the image"
+            )
+        return state
 
 
 class Host(Resizable, Pyramid):

@@ -11,6 +11,7 @@ from timm.models import group_parameters
 import l2vit  # noqa: F401
 from l2vit.models.count import count_macs, count_parameters
 from l2vit.models.families_format import rename
+from l2vit.models.host import adapt_state_dict
 from l2vit.models.host_cswin import CSwin
 from l2vit.models.host_deit import Deit
 from l2vit.models.host_pvt import Pvt, PvtV2
@@ -285,6 +286,42 @@ def test_another_input_size_keeps_the_head(name, pool):
         expected = head(features.amax((1, 2)) if pool else model.fc_norm(features))
         assert torch.equal(model.forward_head(features), expected)
     assert model.get_classifier() is head
+
+
+@pytest.mark.parametrize(("name", "arguments"), SHALLOW)
+def test_another_input_size_of_a_backbone(name, arguments):
+    """Stages (DeiT: blocks) that features_only dropped stay dropped."""
+    features = timm.create_model(name, features_only=True, out_indices=(0, 1), **arguments).eval()
+    features.model.set_input_size(128, window_size=8)
+    whole = timm.create_model(name, **{**arguments, "img_size": 128, "window_size": 8}).eval()
+    whole.load_state_dict({**whole.state_dict(), **features.model.state_dict()})
+    images = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        for got, wanted in zip(features(images), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_resizing_that_cannot_be_right_is_refused():
+    """64 rows may be 8×8 or 16×4; CSwin's stripes have other parameters than a whole window."""
+    model = timm.create_model("inline_pvt_tiny", img_size=256)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for sides in ((512, 128), (256, 512)):
+        with pytest.raises(ValueError, match=rf"cannot be resized for or from .*{sides[0]}"):
+            model.set_input_size(sides)
+    assert model.img_size == (256, 256) and model.stem.grid == (64, 64)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    oblong = timm.create_model("inline_pvt_tiny", img_size=(512, 128))
+    with pytest.raises(ValueError, match=r"from images of \(512, 128\)"):
+        oblong.set_input_size(256)
+    with pytest.raises(ValueError, match=r"for or from images of \(1024, 256\)"):
+        adapt_state_dict(before, timm.create_model("inline_pvt_tiny", img_size=(1024, 256)))
+    bias_only = timm.create_model("inline_swin_mini", img_size=64, window_size=2)
+    bias_only.set_input_size((128, 64), window_size=2)
+    assert bias_only(torch.zeros(1, 3, 128, 64)).shape == (1, 1000)
+    stripes = timm.create_model("flatten_cswin_tiny", img_size=64, window_size=4)
+    with pytest.raises(ValueError, match=r"need other parameters .*branches.*window_size"):
+        stripes.set_input_size(128)
 
 
 def test_sizes_a_model_cannot_take_are_refused():
