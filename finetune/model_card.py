@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from finetune.verification import Proof
-from l2vit.train.sources import Source
+from l2vit.train.sources import Preprocessing, Source
 
 _CARD = """---
 library_name: timm
@@ -120,18 +120,13 @@ def card(
     """
     shown, recipe = source.preprocessing, source.training.get("config", {})
     about = recipe.get("about", {})
-    crop = (
-        "whole picture squashed"
-        if shown.crop_mode == "squash"
-        else f"short side to {int(shown.input_size / shown.crop_fraction)}, centre crop"
-    )
     return _CARD.format(
         title=out.name,
         origin=_origin(source),
         model=source.model,
         arguments=json.dumps(source.model_args),
         size=shown.input_size,
-        crop=crop,
+        crop=_crop(shown),
         mean=list(shown.mean),
         std=list(shown.std),
         classes=source.num_classes,
@@ -144,6 +139,16 @@ def card(
         commands=_commands(about, command, out),
         changed=_changed(source),
     )
+
+
+def _crop(shown: Preprocessing) -> str:
+    """How a picture comes to the input size."""
+    side = int(shown.input_size / shown.crop_fraction)
+    if shown.crop_mode == "center":
+        return f"short side to {side}, centre crop"
+    if side == shown.input_size:
+        return "whole picture squashed"
+    return f"whole picture squashed to {side}×{side}, centre crop"
 
 
 def _origin(source: Source) -> str:

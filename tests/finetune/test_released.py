@@ -115,7 +115,9 @@ def test_inline_file_is_exported_with_proof(tmp_path, capfd):
     config = json.loads((out / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_mode"] == "squash"
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
-    assert "does not name its 12 classes" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "does not name its 12 classes" in card
+    assert "64×64, whole picture squashed to 73×73, centre crop, bicubic" in card
     proof = json.loads((out / "certificate.json").read_text())["timm"]
     assert proof["images"] == proof["same_first_answer"] == 10
 
