@@ -118,9 +118,18 @@ def _stream_set(
             f"data.stream: {len(manifest.shards)} shards are too few for {readers} readers"
             f" ({plan.share.world} ranks × {max(1, data.threads)} workers)"
         )
-    size, held = data.input_size, data.stream_buffer
-    directory = Path(data.train)
-    return StreamTrainSet(data.stream, directory, manifest, plan, augment, drawer, size, seed, held)
+    return StreamTrainSet(
+        url=data.stream,
+        directory=Path(data.train),
+        manifest=manifest,
+        plan=plan,
+        augment=augment,
+        drawer=drawer,
+        input_size=data.input_size,
+        seed=seed,
+        buffer=data.stream_buffer,
+        limit=data.max_bad_samples,
+    )
 
 
 def _dali(

@@ -2,8 +2,9 @@
 
 Weaker than the indexed loaders, by the nature of a stream:
 
-- every sample at most once an epoch, not exactly once; which one comes when depends on the numbers
-  of ranks and workers and is mixed through a buffer only;
+- a sample comes about once an epoch (each reader passes over its shards again and again), not
+  exactly once; which one comes when depends on the numbers of ranks and workers and is mixed
+  through a buffer only;
 - a resumed run starts on freshly shuffled shards instead of seeking;
 - a shard that breaks off is left there, and counts as one bad sample;
 - the host backend only.
@@ -45,6 +46,8 @@ from l2vit.data.shards import (
 
 _SHELL = {"s3": "aws s3 cp {url} -"}
 """Schemes webdataset does not open by itself."""
+_Bad = dict[int, BadRecord]
+"""What was bad since the last batch, by sample id."""
 
 
 @dataclass
@@ -66,12 +69,14 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
     seed: int
     buffer: int
     """Encoded samples a worker draws from at random."""
+    limit: int
+    """Bad samples of one batch after which to give up."""
 
     def __iter__(self) -> Iterator[RawBatch]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = self.plan.share
-        bad: list[BadRecord] = []
+        bad: _Bad = {}
         items = self._decoded(share.rank * workers + worker, share.world * workers, bad)
         number = worker
         while True:
@@ -83,30 +88,31 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
             bad.clear()
             number += workers  # the data loader takes workers in turn
 
-    def _batch(
-        self, work: Work, items: list[tuple[Sample, np.ndarray]], bad: list[BadRecord]
-    ) -> RawBatch:
+    def _batch(self, work: Work, items: list[tuple[Sample, np.ndarray]], bad: _Bad) -> RawBatch:
         found = Fetched(
             np.array([sample.id for sample, _ in items], np.int64),
             np.array([sample.label for sample, _ in items], np.int64),
             [picture for _, picture in items],
-            list(bad),
+            list(bad.values()),
             complete=len(items) == len(work.ids),
         )
         return carry_out(work, found, found.ids, self.drawer, self.augment, self.input_size)
 
-    def _decoded(
-        self, reader: int, readers: int, bad: list[BadRecord]
-    ) -> Iterator[tuple[Sample, np.ndarray]]:
+    def _decoded(self, reader: int, readers: int, bad: _Bad) -> Iterator[tuple[Sample, np.ndarray]]:
+        in_a_row, most = 0, self.manifest.samples + self.buffer  # more: there is no good one
         for sample, key, shard in self._mixed(reader, readers, bad):
             try:
-                yield sample, host_ops.decode(sample.image)
+                picture = host_ops.decode(sample.image)
             except BadSample as error:
-                bad.append(BadRecord(sample.id, key, shard, str(error)))
+                bad[sample.id] = BadRecord(sample.id, key, shard, str(error))
+                in_a_row += 1
+                if in_a_row > most or len(bad) > self.limit:
+                    return
+            else:
+                in_a_row = 0
+                yield sample, picture
 
-    def _mixed(
-        self, reader: int, readers: int, bad: list[BadRecord]
-    ) -> Iterator[tuple[Sample, str, str]]:
+    def _mixed(self, reader: int, readers: int, bad: _Bad) -> Iterator[tuple[Sample, str, str]]:
         """Samples (with key and shard) as they leave a shuffle buffer."""
         random = derive_key("stream", self.seed, self.plan.images_seen, reader)
         held: list[tuple[Sample, str, str]] = []
@@ -118,10 +124,11 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
             held[at], item = item, held[at]
             yield item
 
-    def _samples(
-        self, reader: int, readers: int, bad: list[BadRecord]
-    ) -> Iterator[tuple[Sample, str, str]]:
-        """This reader's samples, pass after pass over shards shuffled anew; ends if none come."""
+    def _samples(self, reader: int, readers: int, bad: _Bad) -> Iterator[tuple[Sample, str, str]]:
+        """This reader's samples, pass after pass over shards shuffled anew.
+
+        Ends where none come, or too many bad ones before a batch is full.
+        """
         count = len(self.manifest.shards)
         for turn in itertools.count():
             key = derive_key("stream shards", self.seed, self.plan.images_seen, turn)
@@ -130,10 +137,12 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
                 for item in self._shard(shard, bad):
                     found = True
                     yield item
+                if len(bad) > self.limit:
+                    return
             if not found:
                 return
 
-    def _shard(self, number: int, bad: list[BadRecord]) -> Iterator[tuple[Sample, str, str]]:
+    def _shard(self, number: int, bad: _Bad) -> Iterator[tuple[Sample, str, str]]:
         shard, sample_id = self.manifest.shards[number], int(self.manifest.first_ids[number])
         end = sample_id + shard.samples
         sums = read_checksums(self.directory / shard.name)
@@ -149,13 +158,15 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
                         image, label = self._checked(members, sums, sample_id - end)
                         yield Sample(sample_id, image, label), key, shard.name
                     except BadSample as error:
-                        bad.append(BadRecord(sample_id, key, shard.name, str(error)))
+                        bad[sample_id] = BadRecord(sample_id, key, shard.name, str(error))
+                        if len(bad) > self.limit:
+                            return
                     sample_id += 1
             if sample_id < end:
                 raise ValueError(f"{end - sample_id} of {shard.samples} samples did not come")
         except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-            reason = f"the stream broke: {error}"
-            bad.append(BadRecord(min(sample_id, end - 1), "?", shard.name, reason))
+            at, reason = min(sample_id, end - 1), f"the stream broke: {error}"
+            bad.setdefault(at, BadRecord(at, "?", shard.name, reason))
 
     def _checked(
         self, members: dict[bytes, bytes], sums: np.ndarray | None, at: int

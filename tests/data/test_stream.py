@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from photo_shards import write_shards
 
 from l2vit.config import from_tree
 from l2vit.data.config import AugmentConfig, DataConfig
@@ -140,6 +141,31 @@ def test_checksums_beside_the_manifest_are_used(make_shards, tmp_path):
         14: "checksum differs from the one recorded",
         51: "the stream broke: 1 of 13 samples did not come",
     }
+
+
+@pytest.mark.parametrize(
+    "rotten, limit, reason, told, opened",
+    [
+        ("sums", 3, "checksum", "4 unusable samples, more than data.max_bad_samples=3", 1),
+        ("pictures", 3, "decoded", "4 unusable samples, more than data.max_bad_samples=3", 1),
+        ("sums", 99, "checksum", "60 unusable samples, and no good one is left", 5),
+        ("pictures", 99, "decoded", "60 unusable samples, and no good one is left", None),
+    ],
+)
+def test_a_stream_of_bad_samples_ends_at_the_limit(
+    tmp_path, pictures, rotten, limit, reason, told, opened
+):
+    """Nothing fills a batch with which to tell of them: the shards must not be read for ever."""
+    if rotten == "pictures":
+        pictures = [b"\xff\xd8 no picture \xff\xd9"] * len(pictures)
+    shards = write_shards(tmp_path / "s", pictures, [0] * 60, per_shard=13, classes=1)
+    if rotten == "sums":
+        for path in shards.directory.glob("*.crc"):
+            np.zeros(13, "<u4").tofile(path)
+    command = f"pipe:echo {{shard}} >> {tmp_path}/opened; cat {shards.directory}/{{shard}}"
+    with pytest.raises(UserError, match=rf"^{told}.*{reason}"):
+        next(make(shards, train=str(shards.directory), stream=command, limit=limit))
+    assert opened in (None, len((tmp_path / "opened").read_text().splitlines()))
 
 
 def test_settings_that_cannot_be_are_refused(shards):
