@@ -9,6 +9,7 @@ equal timm's come after the graph.
 
 from __future__ import annotations
 
+import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -137,6 +138,8 @@ class DaliBatches:
     def __init__(
         self, make: FeedMaker, *, count: int | None = None, prefetch: int, **graph: Any
     ) -> None:
+        # Here, not in the thread that works ahead: its exit handler must run after that thread's.
+        importlib.import_module("nvidia.dali")
         self._make, self._count = make, count
         self._prefetch, self._graph = prefetch, graph
         self._fitter: _Fitter | None = None
@@ -149,7 +152,8 @@ class DaliBatches:
         self._failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[tuple[Feed, torch.Tensor]]:
-        if self._under_way and self._under_way[0].work.number != 0:
+        upcoming = self._under_way[0].work.number if self._under_way else self._next
+        if upcoming % self._count if self._count else upcoming:
             self._restart(0)  # an earlier iteration was left before its end
         done = 0
         while self._count is None or done < self._count:

@@ -181,7 +181,9 @@ def test_evaluation_at_full_size(tmp_path, size, mode, fraction):
             assert np.abs(in_bytes(image) - in_bytes(expected)).mean() < 0.2
 
 
-def make_eval(shards, backend, mode="center", fraction=0.875, rank=0, world=1, batch=4, size=64):
+def make_eval(
+    shards, backend, mode="center", fraction=0.875, rank=0, world=1, batch=4, size=64, prefetch=2
+):
     return eval_loader(
         shards.directory,
         backend=backend,
@@ -191,7 +193,7 @@ def make_eval(shards, backend, mode="center", fraction=0.875, rank=0, world=1, b
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         threads=1,
-        prefetch=2,
+        prefetch=prefetch,
         rank=rank,
         world=world,
         batch=batch,
@@ -199,9 +201,9 @@ def make_eval(shards, backend, mode="center", fraction=0.875, rank=0, world=1, b
     )
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
-def test_evaluation_left_early_starts_over(shards, backend):
-    loader = make_eval(shards, backend)
+@pytest.mark.parametrize("backend, prefetch", [("host", 2), ("dali", 1), ("dali", 3)])
+def test_evaluation_left_early_starts_over(shards, backend, prefetch):
+    loader = make_eval(shards, backend, prefetch=prefetch)
     for batch in loader:
         if batch.sample_ids[0] >= 8:
             break
@@ -254,6 +256,33 @@ def test_workers_do_not_outlive_a_killed_run(shards):
     assert run.stdout.readline() == b"ready\n"
     run.kill()
     assert run.communicate(timeout=300)[0] == b""
+
+
+NOT_CLOSED = (
+    READ.replace('backend="host", threads=0', 'backend="dali", threads=1').replace(
+        "import sys\n",
+        """import atexit, sys
+last_is_first, register = [], atexit.register
+def note(end, *given, **named):
+    last_is_first.insert(0, getattr(end, "__qualname__", ""))
+    return register(end, *given, **named)
+atexit.register = note
+""",
+    )
+    + """
+next(loader)
+mine = [name for name in last_is_first if name in ("_Ahead.close", "_shutdown_pipelines")]
+print(*mine)
+"""
+)
+
+
+def test_dali_is_shut_down_after_the_thread_that_uses_it(shards):
+    """A program that does not close its loader: the thread would build a graph while DALI ends."""
+    command = [sys.executable, "-c", NOT_CLOSED, str(shards.directory), "0"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "_Ahead.close _shutdown_pipelines"
 
 
 FAILING = READ.replace("threads=0", "threads=1, max_bad_samples=0").replace("range(3)", "range(99)")
