@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from l2vit.models.tracing import eager
 
@@ -36,9 +37,31 @@ class Linear(nn.Linear):
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU of the layer's output."""
-        if not torch.is_grad_enabled() and fusible(x, self.weight, self.bias):
-            return _pointwise(x, self.weight, self.bias, "gelu")
-        return F.gelu(self(x))
+        if torch.is_grad_enabled() or hooked(self) or not fusible(x, self.weight, self.bias):
+            return F.gelu(self(x))
+        return _pointwise(x, self.weight, self.bias, "gelu")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody hooked the module's calls (profilers, pruning, feature extraction): they
+    must happen, and return the module's own output. Compilers take hooks as they are."""
+    return not torch.compiler.is_compiling() and bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def plus(layer: nn.Module, x: Tensor, add: Tensor | None) -> Tensor:
+    """``layer(x)``, plus ``add`` if given; the layer may be what somebody put in a Linear's place
+    (LoRA, quantisation)."""
+    if add is None:
+        return layer(x)
+    if isinstance(layer, Linear) and not hooked(layer):
+        return layer(x, add)
+    return add + layer(x)
 
 
 def fusible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

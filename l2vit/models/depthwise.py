@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from l2vit.models import kernels
-from l2vit.models.dense import fusible
+from l2vit.models.dense import fusible, hooked
 from l2vit.models.tracing import eager, exporting
 
 _FAST_COLUMNS = 3
@@ -33,7 +33,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU of the layer's output."""
-        if torch.is_grad_enabled() or not fusible(x, self.weight, self.bias):
+        if torch.is_grad_enabled() or hooked(self) or not fusible(x, self.weight, self.bias):
             return F.gelu(self(x))
         padding, ones = [side // 2 for side in self.weight.shape[2:]], [1, 1]
         y = torch.ops.mkldnn._convolution_pointwise(
@@ -54,7 +54,8 @@ class DepthwiseConv(nn.Conv2d):
         """The layer's output plus its input; in full precision on CPUs one in the middle of the
         kernel adds it (beside 1, bf16 would round the kernel away)."""
         exact = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        if x.device.type != "cpu" or not eager() or not exact or torch.is_autocast_enabled("cpu"):
+        plain = hooked(self) or not eager() or torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or not exact or plain:
             return x + self(x)
         height, width = (side // 2 for side in self.weight.shape[2:])
         middle = F.pad(self.weight.new_ones(1, 1, 1, 1), (width, width, height, height))
@@ -89,6 +90,7 @@ def _by_columns(x: Tensor, weight: Tensor) -> bool:
         and torch.is_grad_enabled()
         and not exporting()
         and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

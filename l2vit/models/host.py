@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from l2vit.models.attentions import core_factory, linear_blocks
 from l2vit.models.cores import CoreFactory, Grid, resize_bias, resize_grid
-from l2vit.models.dense import Linear
+from l2vit.models.dense import Linear, plus
 from l2vit.models.layers import Mlp, MlpKind, residual, to_nchw, to_nhwc
 from l2vit.models.pyramid import Pyramid, Stage
 
@@ -85,7 +85,7 @@ class Projected(nn.Module):
         self, tokens: Tensor, source: Tensor, grid: Grid, add: Tensor | None = None
     ) -> Tensor:
         """(B, N, C) to the same, plus ``add``; N is H·W, or more where there are prefix tokens."""
-        return self.proj(self.core(*self.project(tokens, grid), grid, source), add)
+        return plus(self.proj, self.core(*self.project(tokens, grid), grid, source), add)
 
     def forward(self, x: Tensor, raw: Tensor, add: Tensor | None = None) -> Tensor:
         grid = (x.shape[1], x.shape[2])
@@ -133,7 +133,9 @@ class HostBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The attention is given x itself, too: some cores reduce it for keys and values.
-        x = residual(x, lambda y, *add: self.attn(y, x, *add), self.norm1, self.drop_path)
+        x = residual(
+            x, self.attn, self.norm1, self.drop_path, lambda y, *add: self.attn(y, x, *add)
+        )
         return residual(x, self.mlp, self.norm2, self.drop_path)
 
 

@@ -129,7 +129,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = residual(x, self.attend, self.norm1, self.drop_path)
+        x = residual(x, self.attn, self.norm1, self.drop_path, self.attend)
         x = self.cpe2(x)
         if self.lcm is not None and self.lcm_norm is not None:
             x = x + self.drop_path(self.lcm(self.lcm_norm(x)))

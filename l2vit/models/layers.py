@@ -18,7 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from l2vit.models.dense import Linear, pieces
+from l2vit.models.dense import Linear, hooked, pieces, plus
 from l2vit.models.depthwise import DepthwiseConv
 from l2vit.models.linear_attention import (
     Observer,
@@ -168,6 +168,7 @@ class Mlp(nn.Module):
         super().__init__()
         require_one_of("mlp", kind, MlpKind)
         self.kind = kind
+        self.hidden = hidden
         self.grad_checkpointing = False
         self.fc1 = Linear(dim, hidden)
         self.norm1 = BatchNorm2d(hidden) if kind == "local" else None
@@ -178,7 +179,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """The layers' output, plus ``add`` of the same shape if given."""
         if self.kind == "plain":
-            count = pieces(x, self.fc1.out_features)
+            count = 1 if hooked(self.fc1) or hooked(self.fc2) else pieces(x, self.hidden)
             return self._plain(x, add) if count == 1 else self._in_pieces(x, add, count)
         x = self.fc1(x)
         if self.norm1 is not None:
@@ -187,10 +188,11 @@ class Mlp(nn.Module):
             x = self.conv(x)
         if self.norm2 is not None:
             x = to_nhwc(self.norm2(to_nchw(x)))
-        return self.fc2(F.gelu(x), add)
+        return plus(self.fc2, F.gelu(x), add)
 
     def _plain(self, x: Tensor, add: Tensor | None) -> Tensor:
-        return self.fc2(self.fc1.with_gelu(x), add)
+        fused = isinstance(self.fc1, Linear)
+        return plus(self.fc2, self.fc1.with_gelu(x) if fused else F.gelu(self.fc1(x)), add)
 
     def _in_pieces(self, x: Tensor, add: Tensor | None, count: int) -> Tensor:
         parts = x.flatten(0, -2).chunk(count)
@@ -207,16 +209,22 @@ def shortfall(size: int, multiple: int) -> int:
 
 
 def residual(
-    x: Tensor, branch: Callable[..., Tensor], norm: nn.Module, drop_path: nn.Module
+    x: Tensor,
+    branch: nn.Module,
+    norm: nn.Module,
+    drop_path: nn.Module,
+    call: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """``x + drop_path(branch(norm(x)))``; unless it may drop, the branch adds x on its way out.
+    """``x + drop_path(branch(norm(x)))``; unless it may drop or its output is wanted by a hook, the
+    branch adds x on its way out.
 
     Args:
-        branch: called with the normed x and, where it is to add it, with x.
+        call: how to call the branch with the normed x and, where it is to add it, with x.
     """
-    if drop_path.training and isinstance(drop_path, DropPath):
-        return x + drop_path(branch(norm(x)))
-    return branch(norm(x), x)
+    call = branch if call is None else call
+    if hooked(branch) or (drop_path.training and isinstance(drop_path, DropPath)):
+        return x + drop_path(call(norm(x)))
+    return call(norm(x), x)
 
 
 def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
@@ -302,7 +310,7 @@ class SoftmaxAttention(nn.Module):
         return out.transpose(1, 2).reshape(b, n, c)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-        return self.proj(self.attend(x, bias), add)
+        return plus(self.proj, self.attend(x, bias), add)
 
 
 class WindowAttention(SoftmaxAttention):
@@ -320,7 +328,7 @@ class WindowAttention(SoftmaxAttention):
         """Attention, plus ``add`` (B, H, W, C) if given."""
         h, w, size = x.shape[1], x.shape[2], self.window_size
         if symbolic(h, w):
-            return self.proj(self._attend_by_index(x, bias), add)
+            return plus(self.proj, self._attend_by_index(x, bias), add)
         x = pad_to_multiple(x, size, size)
         padded_h, padded_w = x.shape[1], x.shape[2]
         # Projected before they are merged: the windows that the attention keeps for its backward
@@ -417,7 +425,7 @@ class LinearAttention(LinearCore):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Attention, plus ``add`` (B, N, C) if given."""
-        return self.proj(self.attend(x), add)
+        return plus(self.proj, self.attend(x), add)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.fx.experimental._config as symbolic_shapes
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SMALLEST = 33
 """Pixels from which :func:`export_any_size` works: the last stage has two rows and columns."""
@@ -20,8 +21,14 @@ def exporting() -> bool:
 
 
 def eager() -> bool:
-    """Whether neither a compiler nor torch.jit.trace looks on: forms for one device may run."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether nobody looks on who must see PyTorch's general operators: forms for one device may
+    run. Such are compilers, torch.jit.trace, torch.func and modes like torch's FLOP counter."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and _get_current_dispatch_mode() is None
+    )
 
 
 def certain(condition: bool) -> bool:
