@@ -32,8 +32,10 @@ def decode(image: bytes) -> np.ndarray:
     try:
         if image.startswith(JPEG_START):
             _, _, colours, _ = simplejpeg.decode_jpeg_header(image)
-            if colours in ("YCbCr", "Gray"):
+            if colours in ("YCbCr", "Gray", "RGB"):
                 return simplejpeg.decode_jpeg(image, colorspace="RGB", strict=True)
+            # PIL overlooks what libjpeg warns of: ask first, at an eighth of the size
+            simplejpeg.decode_jpeg(image, "CMYK", min_height=1, min_width=1, strict=True)
         with Image.open(io.BytesIO(image)) as opened:
             return np.array(opened.convert("RGB"))  # writable, as PyTorch wants it
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,13 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from l2vit.data import host_ops
 from l2vit.data.draws import NO_OP, OPS
 from l2vit.data.pixel_ops import apply_ops_batched, apply_ops_one_by_one
+from l2vit.data.shards import BadSample
 
 SIZE = 48
 FILL = (124, 116, 104)
+EXIF_TURNED = b"Exif\0\0" + bytes.fromhex(
+    "4d4d002a 00000008 0001 01120003 00000001 00060000 00000000"
+)
 RANGES = {
     "Rotate": (-30, 30),
     "Posterize": (0, 8),
@@ -105,12 +111,30 @@ def test_crop_and_resize_like_timm(interpolation):
     assert max(mean for mean, _ in worst) < 0.02 and max(top for _, top in worst) <= 2, worst
 
 
-def test_decoding_is_pillows(pictures):
-    for image in pictures[:10]:
-        import io
-
+@pytest.mark.parametrize(
+    "mode, options",
+    [
+        ("RGB", {}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"subsampling": "4:4:4"}),
+        ("RGB", {"keep_rgb": True}),
+        ("RGB", {"exif": EXIF_TURNED}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_decoding_is_pillows_but_refuses_damage(mode, options):
+    for seed, size in enumerate([(90, 70), (1, 1), (300, 3)]):
+        stream = io.BytesIO()
+        picture = Image.fromarray(photo(seed, *np.maximum(size, 20))).resize(size)
+        picture.convert(mode).save(stream, "JPEG", **options)
+        image = stream.getvalue()
         expected = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
         np.testing.assert_array_equal(host_ops.decode(image), expected)
+    scan = image.index(b"\xff\xda")
+    for damaged in (image[: scan + 40], image[: scan + 40] + b"\xff\xd9"):
+        with pytest.raises(BadSample, match="cannot be decoded"):
+            host_ops.decode(damaged)
 
 
 @pytest.mark.gpu
