@@ -241,9 +241,14 @@ def eval_loader(
         hw_decoder_load: share of the JPEGs for a GPU's hardware decoder (dali).
 
     Raises:
+        ConfigError: a crop or a batch that cannot be.
         UserError: no finished shard directory, or (while iterating) an image that cannot be used:
             an evaluation is exact or fails.
     """
+    if not 0 < crop_fraction <= 1:
+        raise ConfigError(f"crop_fraction: {crop_fraction} is not in (0, 1]")
+    if batch < 1:
+        raise ConfigError(f"batch: {batch} must be at least 1")
     manifest = Manifest.load(directory)
     plan = EvalPlan(manifest.samples, rank, world, batch)
     reader = ShardReader(directory, manifest)

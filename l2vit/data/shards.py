@@ -31,8 +31,9 @@ LABELS_SUFFIX = ".lab"
 """Beside a shard: its labels, a little-endian uint32 a sample, so that finding classes is quick."""
 _OPEN_SHARDS = 2048
 """Shards kept open at once, where so many may be: a rank reads one a lane."""
-_OTHER_FILES = 256
-"""Descriptors left to the rest of the process."""
+_OTHER_FILES = 1024
+"""Descriptors left to the rest of the process, evaluation sets and communication included: as many
+as it usually has in all. Half of them all where so many are not allowed."""
 _NOT_THE_SAMPLES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _RUN_AHEAD = 16
 """Neighbours asked for with a sample: a lane reads them next."""
@@ -251,7 +252,7 @@ def _may_open(shards: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else max(soft, min(wanted, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        shards = min(shards, (soft - _OTHER_FILES) // 2)
+        shards = min(shards, (soft - min(_OTHER_FILES, soft // 2)) // 2)
     return max(1, shards)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from photo_shards import write_shards
 from l2vit.data.bad_samples import BadSampleLog
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.loaders import eval_loader, train_loader
-from l2vit.data.shards import ShardReader
+from l2vit.data.shards import ShardReader, _may_open
 from l2vit.errors import UserError
 
 PLAIN = AugmentConfig(auto_augment="", erase_prob=0.0, hflip=0.0, scale=(1, 1), ratio=(0.1, 10))
@@ -161,6 +162,24 @@ def test_more_shards_than_may_be_open(shards, monkeypatch):
         found = reader.read(sample)
         assert (found.image, found.label) == (shards.images[sample], shards.labels[sample])
         assert reader.key(sample) == shards.keys[sample] and len(reader._open) <= 2
+
+
+@pytest.mark.parametrize(
+    "soft, hard, shards, limit, opened",
+    [
+        (1024, 1 << 20, 1300, 3624, 1300),  # ImageNet-22k in shards of 1 GiB
+        (1024, 4096, 2048, 4096, 1536),
+        (1024, 1024, 1300, 1024, 256),
+        (1 << 20, 1 << 20, 2048, 1 << 20, 2048),
+    ],
+)
+def test_shards_leave_descriptors_to_others(monkeypatch, soft, hard, shards, limit, opened):
+    """A process keeps 1,024 for all else (or half), however many shards it reads."""
+    limits = {resource.RLIMIT_NOFILE: (soft, hard)}
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    assert _may_open(shards) == opened
+    assert limits == {resource.RLIMIT_NOFILE: (limit, hard)}
 
 
 def test_too_many_open_files_is_no_fault_of_the_sample(shards, monkeypatch):
