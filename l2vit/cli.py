@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
+from l2vit import console
 from l2vit.errors import UserError
 
 
@@ -25,10 +25,12 @@ def run(main: Callable[[], int | None], *, program: str, report: bool = True) ->
     except UserError as error:
         if report:
             line = " ".join(str(error).split())
-            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+            console.tell(f"{program}: error: {line}", error=True)
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.mute(sys.stdout)
         return 1
+    finally:
+        console.flush()

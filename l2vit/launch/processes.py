@@ -12,6 +12,8 @@ from pathlib import Path
 
 RANK_MARK = b"LOCAL_RANK="
 """Every launcher gives its ranks this variable, and gives it to nobody else."""
+KILLED = 30.0
+"""Seconds in which a killed process is gone unless the kernel holds it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def send(pids: Iterable[int], number: int) -> None:
 def end_session(session: int, *, grace: float) -> int:
     """End whatever is left of a session: SIGTERM, ``grace`` seconds, SIGKILL.
 
+    A process that waits in the kernel (for a dead file server, a broken GPU) survives even that,
+    for as long as it waits: it is given up after ``KILLED`` seconds.
+
     Returns:
         How many processes had been left.
     """
@@ -91,7 +96,8 @@ def end_session(session: int, *, grace: float) -> int:
     deadline = time.monotonic() + grace
     while members(session) and time.monotonic() < deadline:
         time.sleep(0.1)
-    while stubborn := members(session):
+    deadline = time.monotonic() + KILLED
+    while (stubborn := members(session)) and time.monotonic() < deadline:
         send((process.pid for process in stubborn), signal.SIGKILL)
         time.sleep(0.05)
     return len(left)

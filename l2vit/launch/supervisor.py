@@ -8,16 +8,16 @@ the run directory.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from l2vit import cli
+from l2vit import cli, console
 from l2vit.launch import command, processes, progress
 from l2vit.train.faults import STOPPED
 
@@ -135,7 +135,10 @@ class Supervisor:
             return self._watch(process, session)
         finally:
             left = processes.end_session(session, grace=5.0)
-            if left:
+            if held := processes.members(session):
+                pids = ", ".join(str(process.pid) for process in held)
+                self._say(f"cannot end process {pids}: it waits for a disk or device (ps: state D)")
+            elif left:
                 self._say(f"ended {left} process(es) the launcher had left behind")
 
     def _watch(self, process: subprocess.Popen[bytes], session: int) -> int:
@@ -154,10 +157,11 @@ class Supervisor:
             if now > deadline:
                 self._say("the ranks did not end in time; killing them")
                 processes.end_session(session, grace=0.0)
-                process.wait()
                 break
             time.sleep(POLL)
-        return process.returncode
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(processes.KILLED)
+        return 1
 
     def _forward(self, process: subprocess.Popen[bytes], session: int) -> None:
         number = self._signals[-1]
@@ -182,7 +186,7 @@ class Supervisor:
         self._signals.append(number)
 
     def _say(self, message: str) -> None:
-        print(f"[launch] {message}", file=sys.stderr, flush=True)
+        console.tell(f"[launch] {message}", error=True)
 
 
 def hopeless(failures: Sequence[progress.Reached]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from l2vit import console
 from l2vit.data.batch import Batch
 from l2vit.errors import UserError
 from l2vit.train import checkpoint, distributed, faults, report, vitals
@@ -128,7 +128,7 @@ def _next_batch(run: Run) -> Batch:
     except UserError as error:  # this rank's alone: nobody else can tell of it
         error.args = (f"rank {run.world.rank}: {error}",)
         if not run.world.main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            console.tell(f"error: {error}", error=True)
         raise
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from l2vit import files
+from l2vit import console, files
 
 JSONL = "metrics.jsonl"
 _CONSOLE = {
@@ -30,32 +32,39 @@ class Metrics:
     Keys carry their unit (``images_per_second``, ``val/top1_percent``); a key without one is a
     plain number. Curves have no double entries: what an interrupted run wrote after the
     checkpoint it continues from is taken out again.
+
+    A full disk does not stop training here (whether to stop is the checkpoints' business): records
+    wait for room, TensorBoard's curves have a gap.
     """
 
     def __init__(self, run: Path, *, main: bool, total_steps: int, resumed_step: int = 0) -> None:
         self.path = run / JSONL
         self._main, self._total = main, total_steps
-        self._stream: TextIO | None = None
+        self._stream: FileIO | None = None
+        self._unwritten = b""
+        self._warned = False
         self._board: Any = None
         self._live = False
         self._pictured = False
         if not main:
             return
         truncate(self.path, resumed_step)
-        self._stream = self.path.open("a")
-        from torch.utils.tensorboard import SummaryWriter  # heavy: rank 0 alone needs it
-
-        self._board = SummaryWriter(str(run), purge_step=resumed_step + 1 if resumed_step else None)
+        self._stream = FileIO(self.path, "a")
+        self._open_board(purge_step=resumed_step + 1 if resumed_step else None)
 
     def log(self, step: int, values: Mapping[str, float], *, images_seen: int) -> None:
         """Write one record: scalars measured at the end of ``step`` optimizer steps."""
         if self._stream is None:
             return
         record = {"step": step, "images": images_seen, "time": round(time.time(), 3), **values}
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        self._unwritten += f"{json.dumps(record)}\n".encode()
+        with self._patience():
+            self._write()
+            if self._board is None:
+                self._open_board()
         for key, value in values.items():
-            self._board.add_scalar(key if "/" in key else f"train/{key}", value, step)
+            name = key if "/" in key else f"train/{key}"
+            self._draw("add_scalar", name, value, step)
         if "loss" in values:
             self._show(step, values)
 
@@ -63,10 +72,9 @@ class Metrics:
         self, step: int, key: str, counts: Sequence[float], edges: Sequence[float]
     ) -> None:
         """Write a histogram to TensorBoard: ``counts[i]`` values up to ``edges[i]``."""
-        if self._board is None:
-            return
         total = float(sum(counts))
-        self._board.add_histogram_raw(
+        self._draw(
+            "add_histogram_raw",
             key,
             min=edges[0],
             max=edges[-1],
@@ -82,28 +90,60 @@ class Metrics:
         """Show TensorBoard what the model sees, once: ``make`` gives an (H, W, 3) uint8 picture."""
         if self._board is not None and not self._pictured:
             self._pictured = True
-            self._board.add_image("train/pictures", make(), step, dataformats="HWC")
+            self._draw("add_image", "train/pictures", make(), step, dataformats="HWC")
 
     def rewind(self, step: int) -> None:
         """Take out the records after ``step``: the run goes back to it."""
         if self._stream is not None:
+            with self._patience():
+                self._write()
             self._stream.close()
             truncate(self.path, step)
-            self._stream = self.path.open("a")
+            self._stream, self._unwritten = FileIO(self.path, "a"), b""
 
     def say(self, text: str, *, warn: bool = False) -> None:
         """Print lines for people, above the live line."""
         if self._main:
             self._end_live()
-            print(f"warning: {text}" if warn else text, file=sys.stderr if warn else sys.stdout)
-            sys.stdout.flush()
+            console.tell(f"warning: {text}" if warn else text, error=warn)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._stream is not None:
             self._end_live()
+            with self._patience():
+                self._write()
             self._stream.close()
-            self._board.close()
+            self._draw("close")
+
+    def _write(self) -> None:
+        assert self._stream is not None
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+
+    def _open_board(self, **options: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # heavy: rank 0 alone needs it
+
+        self._board = SummaryWriter(str(self.path.parent), **options)
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Tell of the first failure to write within and go on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self.say(f"{self.path.parent}: {error.strerror}; records wait for room", warn=True)
+
+    def _draw(self, method: str, *values: Any, **options: Any) -> None:
+        """Call TensorBoard's writer; dropped when it fails: its thread has ended with the error."""
+        if self._board is None:
+            return
+        with self._patience():
+            board, self._board = self._board, None
+            getattr(board, method)(*values, **options)
+            self._board = board
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         shown = [
@@ -114,14 +154,14 @@ class Metrics:
         line = f"step {step:,}/{self._total:,}  {'  '.join(shown)}"
         if sys.stdout.isatty():
             width = max(20, os.get_terminal_size().columns - 1)
-            print(f"\r{line[:width]:<{width}}", end="", flush=True)
+            console.tell(f"\r{line[:width]:<{width}}", end="")
             self._live = True
         else:
-            print(line, flush=True)
+            console.tell(line)
 
     def _end_live(self) -> None:
         if self._live:
-            print(flush=True)
+            console.tell("")
             self._live = False
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from l2vit import files
 from l2vit.data.bad_samples import LOG_NAME, recorded
+from l2vit.errors import UserError
 from l2vit.train.metrics import JSONL, Metrics, clock, read
 
 NAME = "report.html"
@@ -42,7 +43,10 @@ def finish(run: Path, metrics: Metrics, *, main: bool, done: bool) -> None:
     if not main:
         return
     records = read(run / JSONL)
-    files.write_text(run / NAME, page(run.name, records, done=done))
+    try:
+        files.write_text(run / NAME, page(run.name, records, done=done))
+    except UserError as error:  # the run itself is saved
+        metrics.say(str(error), warn=True)
     state = "finished" if done else "stopped; the same command continues it"
     told = summary(records) + _replaced(run / LOG_NAME)
     rows = "\n".join(f"  {name:32} {value}" for name, value in told)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from l2vit import console
 from l2vit.errors import UserError
 from l2vit.train import checkpoint
 from l2vit.train.checkpoint import CheckpointMeta, Part, Piece
@@ -124,8 +124,9 @@ class Saver:
         try:
             save.directory.mkdir(parents=True, exist_ok=True)
             save.part = checkpoint.write_part(save.directory / name, pieces)
-        except (OSError, UserError) as error:
-            save.problem = f"rank {self.world.rank}: {error}"
+        except Exception as error:  # nobody would hear of it: a save that never ends is never told
+            kind = "" if isinstance(error, OSError | UserError) else f"{type(error).__name__}: "
+            save.problem = f"rank {self.world.rank}: {kind}{error}"
 
     def _commit(self, save: _Save) -> None:
         problem = ""
@@ -158,11 +159,10 @@ class Saver:
             with contextlib.suppress(OSError):
                 checkpoint.remove(save.directory)
             limit = self.config.max_failures
-            print(
+            console.tell(
                 f"warning: checkpoint of step {save.meta.step} not saved"
                 f" ({self.failures} of {limit} failures in a row): {problem}",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
         if self.failures >= self.config.max_failures:
             free = shutil.disk_usage(self.run).free

@@ -172,6 +172,23 @@ def test_ranks_that_hang_after_one_died_are_killed(tmp_path, monkeypatch, capfd)
     assert "killing them" in capfd.readouterr().err
 
 
+def test_a_process_that_nothing_ends_is_given_up(tmp_path, monkeypatch, capfd):
+    """The kernel may hold one (a dead file server, a broken GPU): no signal arrives here either."""
+    monkeypatch.setattr(processes, "KILLED", 0.2)
+    monkeypatch.setattr(supervisor, "DEATH_GRACE", 0.2)
+    send, end_session = processes.send, processes.end_session
+    monkeypatch.setattr(processes, "send", lambda pids, number: None)
+    monkeypatch.setattr(
+        processes, "end_session", lambda session, grace: end_session(session, grace=0)
+    )
+    try:
+        assert run(tmp_path, "sleep 3600 & echo $! > held; exit 1") == 1
+        held = (tmp_path / "held").read_text().strip()
+        assert f"cannot end process {held}:" in capfd.readouterr().err
+    finally:
+        send([int((tmp_path / "held").read_text())], signal.SIGKILL)
+
+
 def test_loader_workers_are_not_ranks():
     """They inherit the mark; a signal to them would look like a crash of the loader."""
     script = "for r in 0 1; do LOCAL_RANK=$r bash -c 'sleep 60 & wait' & echo $!; done; wait"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,9 @@ import torch
 from l2vit.errors import UserError
 from l2vit.train import checkpoint
 from l2vit.train.checkpoint import CheckpointMeta, DamagedCheckpoint, Piece, Reader
+from l2vit.train.config import CheckpointConfig
+from l2vit.train.distributed import World
+from l2vit.train.saver import Saver
 
 META = {
     "epoch": 1,
@@ -131,3 +135,17 @@ def test_the_index_speaks_for_itself(tmp_path):
         path = tmp_path / "checkpoints" / "step-00000008" / checkpoint.META_NAME
         path.write_text("{}")
         Reader(path.parent)
+
+
+def test_a_save_that_fails_in_any_way_is_told_and_counted(tmp_path, capfd):
+    """Its thread's error would else be nobody's, and the run go on without checkpoints."""
+    flags = {"buffer/flags": torch.zeros(3, dtype=torch.bool)}  # no part holds such a tensor
+    engine = SimpleNamespace(average_buffers=lambda: None, tensors=list, buffers=lambda: flags)
+    world = World(0, 1, 0, 1, torch.device("cpu"), "none")
+    saver = Saver(tmp_path, CheckpointConfig(max_failures=2), world=world, keep_every=0)
+    saver.start(engine, CheckpointMeta(step=1, **META))
+    saver.finish()
+    assert "step 1 not saved (1 of 2 failures in a row): rank 0: KeyError" in capfd.readouterr().err
+    saver.start(engine, CheckpointMeta(step=2, **META))
+    with pytest.raises(UserError, match="2 checkpoints in a row could not be saved"):
+        saver.finish()
