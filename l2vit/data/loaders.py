@@ -369,20 +369,17 @@ class _Ahead:
         self._thread.start()
 
     def _work(self) -> None:
-        stream = torch.cuda.Stream(self._cuda) if self._cuda else None
-        with torch.cuda.stream(stream):
-            while not self._stop.is_set():
-                done: torch.cuda.Event | None = None
-                try:
-                    item: Batch | BaseException = next(self._items)
+        try:
+            stream = torch.cuda.Stream(self._cuda) if self._cuda else None
+            with torch.cuda.stream(stream):
+                while not self._stop.is_set():
+                    item, done = next(self._items), None
                     if stream is not None:
                         done = torch.cuda.Event()
                         done.record(stream)
-                except BaseException as error:  # handed to the one who waits for the item
-                    item = error
-                self._put((item, done))
-                if isinstance(item, BaseException):
-                    return
+                    self._put((item, done))
+        except BaseException as error:  # handed to the one who waits for the item
+            self._put((error, None))
 
     def _put(self, entry: tuple[Batch | BaseException, torch.cuda.Event | None]) -> None:
         while not self._stop.is_set():

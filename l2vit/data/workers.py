@@ -9,7 +9,6 @@ import functools
 import itertools
 import multiprocessing
 import multiprocessing.context
-import multiprocessing.queues
 import os
 import signal
 import threading
@@ -67,7 +66,9 @@ def host_batches(
         pin_memory=pin,
     )
     atexit.register(end.close)  # before multiprocessing waits for the workers
-    return _told(iter(loader), end)
+    items = iter(loader)
+    _enlarge(items)
+    return _told(items, end)
 
 
 @dataclass
@@ -147,15 +148,16 @@ class _Context(multiprocessing.context.ForkServerContext):
     def Event(self) -> Any:
         return _Flag()
 
-    def Queue(self, maxsize: int = 0) -> multiprocessing.queues.Queue[Any]:
-        """A queue whose pipe holds all batches made ahead (64 KiB do not, at 7 KiB a batch).
 
-        A worker killed with a message half written would leave its reader waiting for the rest.
-        """
-        made = super().Queue(maxsize)
-        with contextlib.suppress(OSError, AttributeError):  # no more allowed; not Linux
-            fcntl.fcntl(made._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[attr-defined]
-        return made
+def _enlarge(items: Iterator[Any]) -> None:
+    """Make the pipe of finished batches hold all made ahead (64 KiB do not, at 7 KiB a batch).
+
+    A worker killed with a message half written would leave its reader waiting for the rest. Only
+    this pipe: beyond 64 MiB of them, Linux gives a user without privileges 8 KiB for each new one.
+    """
+    finished = getattr(items, "_worker_result_queue", None)
+    with contextlib.suppress(OSError, AttributeError):  # no workers; no more allowed; not Linux
+        fcntl.fcntl(finished._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[union-attr]
 
 
 def _server() -> multiprocessing.context.BaseContext:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import random
 import socket
 import sys
 from collections.abc import Sequence
@@ -150,7 +152,12 @@ def _devices(options: argparse.Namespace, environment: dict[str, str]) -> tuple[
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port nobody listens on, below those that Linux gives to outgoing connections.
+
+    The ranks listen on it seconds later: no connection made meanwhile must have taken it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port

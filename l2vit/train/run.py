@@ -151,26 +151,17 @@ def open_run(config: TrainConfig) -> Iterator[Run | None]:
         distributed.from_environment(),
         timeout_seconds=max(1800.0, 4 * config.faults.hang_seconds),
     )
-    run: Run | None = None
-    try:
+    with contextlib.ExitStack() as ending:  # each is closed whatever became of the one before
+        ending.callback(distributed.stop)
+        ending.callback(stop.close)
         directory = _prepare_directory(config, world)
         preflight.quick(config, world)
+        run = None
         if not _finished(directory, config):
             run = _assemble(config, world, directory, stop)
+            for part in (run.engine, run.loader, run.evaluator, run.metrics, run.watchdog):
+                ending.callback(part.close)
         yield run
-    finally:
-        if run is not None:
-            _close(run)
-        stop.close()
-        distributed.stop()
-
-
-def _close(run: Run) -> None:
-    run.watchdog.close()
-    run.metrics.close()
-    run.evaluator.close()
-    run.loader.close()
-    run.engine.close()
 
 
 def _prepare_directory(config: TrainConfig, world: World) -> Path:

@@ -16,6 +16,7 @@ from photo_shards import jpeg, photo, write_shards
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
+from l2vit.data import loaders
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
 from l2vit.data.dali_loader import build_graph
 from l2vit.data.loaders import eval_loader, train_loader
@@ -315,6 +316,18 @@ def test_workers_outlive_the_signals_that_ask_a_run_to_save(shards):
     with pytest.raises(UserError):
         next(loader)
     assert worker not in multiprocessing.active_children()
+
+
+def test_a_thread_that_cannot_begin_is_told_of(monkeypatch):
+    """Whoever waits for its first batch must hear of it."""
+
+    def refused(device):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "Stream", refused)
+    ahead = loaders._Ahead(iter(()), torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(ahead)
 
 
 def test_webp_shards_load(tmp_path, pictures):

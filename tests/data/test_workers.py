@@ -1,5 +1,6 @@
 """Worker processes that die at the worst moments: the run hears of it and never waits for them."""
 
+import fcntl
 import gc
 import itertools
 import multiprocessing
@@ -71,6 +72,27 @@ def test_a_worker_may_die_with_all_locks_held(count):
 
 
 @dataclass
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, number):
+        return number
+
+
+def test_only_the_pipe_of_finished_batches_is_large():
+    """Past 64 MiB of large pipes Linux gives a user without privileges 8 KiB for each new one."""
+
+    def size(queue):
+        return fcntl.fcntl(queue._writer.fileno(), fcntl.F_GETPIPE_SZ)
+
+    batches = workers.host_batches(Numbers(), workers=2, prefetch=2, pin=False)
+    assert next(batches) == 0
+    items = batches.gi_frame.f_locals["items"]
+    usual = multiprocessing.SimpleQueue()
+    assert size(items._worker_result_queue) == workers._PIPE > size(usual)
+    assert [size(queue) for queue in items._index_queues] == [size(usual)] * 2
+    batches.close()
+
+
+@dataclass
 class Large(torch.utils.data.Dataset):
     """Messages of 16 KiB, twice what a batch of 128 takes; two workers never make their 16th."""
 
@@ -89,7 +111,9 @@ def test_workers_may_die_with_many_batches_on_the_way(tmp_path):
     """More than a pipe of the usual size holds: none may be left half written."""
     batches = workers.host_batches(Large(tmp_path), workers=2, prefetch=16, pin=False)
     next(batches)
+    made = multiprocessing.active_children()
     while len(pids := list(tmp_path.glob("*.pid"))) < 2:
+        assert all(worker.is_alive() for worker in made)
         time.sleep(0.01)
     for pid in pids:
         os.kill(int(pid.read_text()), signal.SIGKILL)

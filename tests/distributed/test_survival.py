@@ -232,6 +232,27 @@ def test_a_full_disk_does_not_stop_training_until_it_has_failed_too_often(shards
     assert checkpoint.complete_steps(run)[-1] == 8, "the good checkpoints must stay"
 
 
+def train_that_cannot_close(path):
+    """The first part that is closed fails; what was closed afterwards."""
+    from l2vit.train.engine import Engine
+    from l2vit.train.watchdog import Watchdog
+
+    def failing(self):
+        raise RuntimeError("no closing this")
+
+    closed = []
+    Watchdog.close, Engine.close = failing, lambda self: closed.append("engine")
+    with pytest.raises(RuntimeError, match="no closing this"):
+        train(path)
+    return [*closed, torch.distributed.is_initialized()]
+
+
+def test_what_cannot_be_closed_keeps_nothing_else_open(shards, tmp_path):
+    path = settings(shards, tmp_path / "run", schedule__length="5 steps")
+    (found,) = Ranks(train_that_cannot_close, 1, path, directory=tmp_path, raw=True).results()
+    assert found == ["engine", False]
+
+
 # -- spikes
 
 
