@@ -25,6 +25,20 @@ def focus(t: Tensor, power: int = 3) -> Tensor:
     return sharp * (length / torch.linalg.vector_norm(sharp, dim=-1, keepdim=True))
 
 
+class HeadwiseConv(nn.Conv2d):
+    """Depthwise convolution of (B, H, W, heads·width) with kernels (width, 1, k, k) that all heads
+    share; same padding, with bias."""
+
+    def __init__(self, width: int, kernel_size: int) -> None:
+        super().__init__(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Repeating the kernels spares a copy of the input with the heads moved to the batch.
+        heads = input.shape[3] // self.in_channels
+        assert self.bias is not None
+        return depthwise(input, self.weight.repeat(heads, 1, 1, 1), self.bias.repeat(heads))
+
+
 class FocusedCore(nn.Module):
     """Focused features of q and k, kᵀv first, and a 5×5 depthwise conv of v beside it.
 
@@ -44,7 +58,7 @@ class FocusedCore(nn.Module):
         width = site.dim // site.heads
         self.scale = nn.Parameter(torch.zeros(1, 1, site.dim))
         self.positional_encoding = nn.Parameter(torch.zeros(1, site.key_tokens, site.dim))
-        self.dwc = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        self.dwc = HeadwiseConv(width, kernel_size)
         self.observer: Callable[[Tensor], None] | None = None
         """Called in every forward with the fp32 denominators q · k̄ (B, heads, N, 1)."""
 
@@ -70,10 +84,7 @@ class FocusedCore(nn.Module):
         places = grid[0] * grid[1]
         if v.shape[1] != places:
             v = F.interpolate(v.transpose(1, 2), places, mode="linear").transpose(1, 2)
-        # Repeating the kernels spares a copy of v with the heads moved to the batch.
-        weight = self.dwc.weight.repeat(self.heads, 1, 1, 1)
-        bias = torch.cat([self.dwc.bias] * self.heads)  # type: ignore[list-item]
-        return depthwise(v.unflatten(1, grid), weight, bias).flatten(1, 2)
+        return self.dwc(v.unflatten(1, grid)).flatten(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         prefix = q.shape[1] - grid[0] * grid[1]

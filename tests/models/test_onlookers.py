@@ -38,6 +38,12 @@ def injective_swin():
     return timm.create_model("inline_swin_mini", types="IS", img_size=64, window_size=4, **sizes)
 
 
+def focused_pvt():
+    torch.manual_seed(0)
+    sizes = {"embed_dims": (32, 64), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (4, 4)}
+    return timm.create_model("flatten_pvt_tiny", types="LL", img_size=64, **sizes)
+
+
 @pytest.mark.parametrize("make", [small, injective_swin])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
@@ -71,9 +77,10 @@ def test_hooks_see_every_layers_own_output(make, training, grad, monkeypatch):
             torch.testing.assert_close(output, module(x), rtol=1e-3, atol=1e-5, msg=part)
 
 
-def test_pruned_layers_are_those_of_the_last_update():
+@pytest.mark.parametrize("make", [small, focused_pvt])
+def test_pruned_layers_are_those_of_the_last_update(make):
     """PyTorch's pruning masks weights in a hook before each call."""
-    model, images = small().eval(), torch.randn(2, 3, 64, 64)
+    model, images = make().eval(), torch.randn(2, 3, 64, 64)
     layers = [module for module in model.modules() if isinstance(module, LAYERS)]
     for layer in layers:
         prune.l1_unstructured(layer, "weight", 0.5)
