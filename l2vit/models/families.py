@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from l2vit.models.host import adapt_state_dict
@@ -15,6 +15,7 @@ from l2vit.models.host_cswin import CSwin
 from l2vit.models.host_deit import Deit
 from l2vit.models.host_pvt import Pvt, PvtV2
 from l2vit.models.host_swin import Swin
+from l2vit.models.registry import build
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _register(name: str, variant: Variant) -> None:
     indices = (2, 5, 8, 11) if variant.host is Deit else (0, 1, 2, 3)
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
+        return build(
             variant.host,
             name,
             pretrained,

@@ -17,7 +17,7 @@ from l2vit.models.attentions import core_factory, linear_blocks
 from l2vit.models.cores import CoreFactory, Grid, resize_bias, resize_grid
 from l2vit.models.dense import Linear, plus
 from l2vit.models.layers import Mlp, MlpKind, residual, to_nchw, to_nhwc
-from l2vit.models.pyramid import Pyramid, Stage
+from l2vit.models.pyramid import Pyramid, Stage, update_model_input_size
 
 _logger = logging.getLogger(__name__)
 
@@ -281,6 +281,7 @@ class Resizable(nn.Module):
         for name, value in vars(other).items():
             if name in ("_modules", "_parameters", "_buffers") or not name.startswith("_"):
                 setattr(self, name, value)
+        update_model_input_size(self, self.img_size, window_size=window_size)
 
     def _state_for(self, other: Any) -> dict[str, Tensor]:
         """The weights, resized for ``other``, which may differ from this model by its size only."""

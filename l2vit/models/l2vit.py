@@ -27,7 +27,7 @@ from l2vit.models.layers import (
     to_nchw,
     to_nhwc,
 )
-from l2vit.models.pyramid import Pyramid, Stage
+from l2vit.models.pyramid import Pyramid, Stage, update_model_input_size
 from l2vit.models.tracing import certain
 
 StemKind = Literal["conv", "conv4", "patch"]
@@ -228,6 +228,8 @@ class L2ViT(Pyramid):
             num_classes=num_classes,
             img_size=img_size,
         )
+        self.window_size = window_size
+        self._model_args = {"window_size": window_size}  # timm writes it beside saved weights
         self.apply(_init_weights)
 
     def set_input_size(
@@ -235,13 +237,20 @@ class L2ViT(Pyramid):
         img_size: int | tuple[int, int] | None = None,
         window_size: int | None = None,
     ) -> None:
-        """Change the intended input size and the window; no parameter changes shape."""
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
+        """Change the intended input size and the window; no parameter changes shape.
+
+        Raises:
+            ValueError: a window that is not positive.
+        """
         if window_size is not None:
+            _require_window(window_size)
+            self.window_size = window_size
             for module in self.modules():
                 if isinstance(module, WindowAttention):
                     module.window_size = window_size
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+        update_model_input_size(self, self.img_size, window_size=self.window_size)
 
 
 def _require_sizes(embed_dim: int, lcm_kernel: int, window_size: int) -> None:
@@ -249,6 +258,10 @@ def _require_sizes(embed_dim: int, lcm_kernel: int, window_size: int) -> None:
         raise ValueError(f"embed_dim {embed_dim} is no multiple of the head width {HEAD_WIDTH}")
     if lcm_kernel and lcm_kernel % 2 == 0:
         raise ValueError(f"lcm_kernel {lcm_kernel} is neither odd nor 0 (none)")
+    _require_window(window_size)
+
+
+def _require_window(window_size: int) -> None:
     if window_size < 1:
         raise ValueError(f"window_size {window_size} is not positive")
 

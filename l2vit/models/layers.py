@@ -77,6 +77,20 @@ class BatchNorm2d(nn.BatchNorm2d):
     ``model.bfloat16()``); float64 stays float64. Input and output (B, C, H, W).
     """
 
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self._widen()  # the default type may be half precision
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen()  # assigned tensors come as they are
+
+    def _widen(self) -> None:
+        for name in ("running_mean", "running_var"):
+            value = getattr(self, name)
+            if value is not None and value.dtype in LOW_PRECISION:
+                setattr(self, name, value.float())
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         half = input.dtype in LOW_PRECISION or self.weight.dtype in LOW_PRECISION

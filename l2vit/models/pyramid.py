@@ -14,6 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from l2vit.models.layers import Mlp, frozen_statistics, to_nchw
 
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # an older timm writes no arguments beside the weights it saves
+
+    def update_model_input_size(  # type: ignore[misc]
+        model: nn.Module, img_size: Any, **model_args: Any
+    ) -> None: ...
+
 
 class Stage(nn.Module):
     """Down-sampling (none in the first stage), blocks, a norm; recomputes blocks if asked to."""
@@ -49,6 +57,11 @@ def _recompute_contexts() -> tuple[Any, Any]:
     return contextlib.nullcontext(), frozen_statistics()
 
 
+def _pooled_width(head: ClassifierHead) -> int:
+    """Channels that the head's classifier gets: pooling "catavgmax" doubles them."""
+    return head.in_features * head.global_pool.feat_mult()
+
+
 class Pyramid(nn.Module):
     """Image (B, in_chans, H, W) through a stem and stages (B, H, W, C) to logits.
 
@@ -80,8 +93,8 @@ class Pyramid(nn.Module):
         self.img_size: tuple[int, int] = to_2tuple(img_size)
         self.output_fmt = "NHWC"
         self.num_features = dims[-1]
-        self.head_hidden_size = head.in_features
-        self.feature_info = [
+        self.head_hidden_size = _pooled_width(head)
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": 4 << stage, "module": f"stages.{stage}"}
             for stage, dim in enumerate(dims)
         ]
@@ -123,6 +136,9 @@ class Pyramid(nn.Module):
         """A new head for ``num_classes`` (0: none); ``global_pool`` "avg", "max", ... or ""."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        like = next(self.parameters())  # a head without classifier does not know where to make one
+        self.head.to(like.device, like.dtype)
+        self.head_hidden_size = _pooled_width(self.head)
 
     def forward_intermediates(
         self,
@@ -165,14 +181,20 @@ class Pyramid(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the intermediates ``indices`` do not need; returns the indices kept."""
+        """Drop what the intermediates ``indices`` do not need; returns the indices kept.
+
+        The head goes, too, with the features that it was made for; ``reset_classifier`` makes one
+        for those that are left.
+        """
         take, last = feature_take_indices(len(self.stages), indices)
-        if prune_norm or last < len(self.stages) - 1:
+        shorter = last < len(self.stages) - 1
+        if prune_norm or shorter:
             self.norm = nn.Identity()
-        if prune_head:
-            self.project = nn.Identity()
-            self.reset_classifier(0, "")
         self.stages = self.stages[: last + 1]
+        if prune_head or shorter:
+            self.project = nn.Identity()
+            self.num_features = self.head.in_features = int(self.feature_info[last]["num_chs"])
+            self.reset_classifier(0, "")
         return take
 
     def forward_stem(self, x: Tensor) -> Tensor:

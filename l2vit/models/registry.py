@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
+from torch import nn
 
 from l2vit.models.l2vit import L2ViT
 
@@ -90,6 +93,21 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def build(
+    model_class: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> Any:
+    """timm's builder; made on ``device`` and then turned to ``dtype``, statistics staying fp32."""
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(model_class, variant, pretrained, **kwargs)
+    return model.to(dtype)
+
+
 def create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any) -> L2ViT:
     """Build a registered model the way timm does; a tag at 384 brings its window of 12."""
     from l2vit.models.timm_format import filter_state_dict
@@ -98,7 +116,7 @@ def create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any
     size = cfg.input_size[-1]
     if size != 224:
         defaults = {"img_size": size, "window_size": size // 32, **defaults}
-    return build_model_with_cfg(
+    return build(
         L2ViT,
         variant,
         pretrained,

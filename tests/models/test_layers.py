@@ -375,3 +375,23 @@ def test_nothing_warns():
         warnings.simplefilter("error")
         LinearAttention(32, 1)(torch.randn(1, 150, 32)).sum().backward()
         Mlp(4, 8)(torch.randn(1, 3, 3, 4))
+
+
+def test_batch_norm_where_half_precision_is_the_default():
+    """A model made so (transformers does), or given the tensors of a half-precision file."""
+    torch.manual_seed(0)
+    stock, x = nn.BatchNorm2d(6), torch.randn(4, 6, 5, 5)
+    stock(x)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        ours = BatchNorm2d(6)
+    finally:
+        torch.set_default_dtype(before)
+    for state in (ours.state_dict(), stock.bfloat16().state_dict()):
+        ours.load_state_dict(state, assign=True)
+        assert ours.running_mean.dtype == ours.running_var.dtype == torch.float32
+        assert ours.weight.dtype == torch.bfloat16 and ours(x.bfloat16()).isfinite().all()
+    expected = stock.eval()(x.bfloat16())
+    ours.load_state_dict(stock.state_dict(), assign=True)
+    torch.testing.assert_close(ours.eval()(x.bfloat16()), expected, rtol=2e-2, atol=2e-2)
