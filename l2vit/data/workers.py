@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -170,6 +170,8 @@ def _server() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(["l2vit.data.host_loader"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)
     try:
+        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it has started
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

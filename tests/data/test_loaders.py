@@ -21,6 +21,7 @@ from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataCo
 from l2vit.data.dali_loader import build_graph
 from l2vit.data.loaders import eval_loader, train_loader
 from l2vit.errors import ConfigError, UserError
+from l2vit.launch import processes
 
 CPU = torch.device("cpu")
 PLAIN = AugmentConfig(auto_augment="", erase_prob=0.0)
@@ -284,6 +285,32 @@ def test_dali_is_shut_down_after_the_thread_that_uses_it(shards):
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "_Ahead.close _shutdown_pipelines"
+
+
+SIGNALLED = READ.replace("threads=0", "threads=1").replace(
+    "for _ in range(3):", "next(loader)\nprint('ready', flush=True)\ninput()\nfor _ in range(9):"
+)
+
+
+def test_every_process_of_a_run_outlives_the_signals_that_ask_it_to_save(shards):
+    """Slurm signals all: the worker, the server it was forked from, multiprocessing's tracker."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, str(shards.directory), "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert run.stdout.readline() == "ready\n"
+        others = [p.pid for p in processes.members(run.pid) if p.pid != run.pid]
+        assert len(others) == 3
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            processes.send(others, number)
+        output, _ = run.communicate("\n", timeout=300)
+        assert run.returncode == 0 and len(output.splitlines()) == 9
+    finally:
+        processes.end_session(run.pid, grace=0.0)
 
 
 FAILING = READ.replace("threads=0", "threads=1, max_bad_samples=0").replace("range(3)", "range(99)")
