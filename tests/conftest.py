@@ -1,5 +1,6 @@
 """Options every test file shares, and what makes a test the same in any order on any worker."""
 
+import multiprocessing
 import os
 import random
 
@@ -63,6 +64,16 @@ def environment_restored():
     for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """What a failed test leaves running would disturb the next, and be waited for at the end."""
+    before = set(multiprocessing.active_children())
+    yield
+    for process in set(multiprocessing.active_children()) - before:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture

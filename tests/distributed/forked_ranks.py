@@ -128,6 +128,8 @@ def _run(function, args, variables, directory, rank, raw):
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
+    # A server that the loader's workers were forked from first began with signals blocked.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     import torch
 
     torch.set_num_threads(1)

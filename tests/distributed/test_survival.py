@@ -155,7 +155,7 @@ def test_a_rank_that_is_stopped_altogether_is_named(shards, tmp_path):
     ranks = Ranks(train, 2, path, directory=tmp_path, raw=True)
     wait_for_step(run, 2, ranks)
     ranks.kill(1, signal.SIGSTOP)
-    ranks.processes[0].join()
+    ranks.processes[0].join(300)
     ranks.kill_all()
     assert "rank 1 made no progress for" in ranks.log(0)
     assert "does not answer" in ranks.log(0)
