@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import fcntl
 import itertools
+import math
 import multiprocessing
 import os
 import platform
@@ -35,7 +36,7 @@ import attention_rows
 import torch
 
 from l2vit import cli, files
-from l2vit.errors import UserError
+from l2vit.errors import ConfigError, UserError
 from l2vit.models.attentions import CORES
 from l2vit.models.host_deit import Deit
 
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is not yet on disk, then draw and print everything."""
+    odd = [tokens for tokens in options.tokens if tokens < 1 or math.isqrt(tokens) ** 2 != tokens]
+    if odd:
+        raise ConfigError(f"--tokens {odd[0]}: an image has a square number of patches")
     options.out.mkdir(parents=True, exist_ok=True)
     book = Book(options.out / "attentions.json", settings(options))
     if options.epochs >= 0:
