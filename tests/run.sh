@@ -13,4 +13,4 @@ if [ $# -eq 0 ]; then
   set -- -n "$((cores < 8 ? cores : 8))" --dist loadfile --no-loadscope-reorder \
     --max-worker-restart 0
 fi
-exec "$python" -m pytest "$@"
+exec "$python" tests/and_all_it_started.py "$python" -m pytest "$@"
