@@ -84,12 +84,12 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _by_columns(x: Tensor, weight: Tensor) -> bool:
     """Whether a backward pass may come to a CPU kernel too wide for the fast weight gradient."""
     return (
-        x.device.type == "cpu"
+        not torch.jit.is_tracing()
+        and x.device.type == "cpu"
         and weight.shape[3] > _FAST_COLUMNS
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
         and not exporting()
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
 

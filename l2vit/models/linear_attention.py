@@ -95,7 +95,8 @@ def linear_attention(
     observer: Observer | None = None,
 ) -> Tensor:
     """:func:`plain` by the fastest way there is for the device at hand; same arguments."""
-    fused = not qk_first and observer is None and qkv.shape[2] // (3 * heads) in _KERNEL_WIDTHS
+    fused = not torch.jit.is_tracing() and not qk_first and observer is None
+    fused = fused and qkv.shape[2] // (3 * heads) in _KERNEL_WIDTHS
     if fused and kernels.chosen("linear_attention", qkv):
         return torch.ops.l2vit.linear_attention(qkv, scale, heads, clamp)[0]
     direct = eager() and qkv.device.type == "cpu" and observer is None and not qk_first

@@ -35,8 +35,9 @@ def certain(condition: bool) -> bool:
     """Whether a condition on sizes holds; where they are symbolic, whether it always does.
 
     Compilers and exporters with dynamic sizes would otherwise tie their result to the answer.
+    Nothing is certain in torch.jit.trace, whose result may be given images of any size.
     """
-    return bool(condition) if torch.jit.is_tracing() else statically_known_true(condition)
+    return not torch.jit.is_tracing() and statically_known_true(condition)
 
 
 def symbolic(*sizes: int) -> bool:

@@ -148,12 +148,38 @@ def test_export_with_any_batch(model):
         torch.testing.assert_close(program.module()(images), model(images), rtol=1e-3, atol=1e-4)
 
 
-def test_traces(model):
-    images = torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize("side", [64, 56])
+def test_a_trace_takes_images_of_any_size(model, side):
+    """What is padded where the trace was made must not decide what is padded elsewhere."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, images)
-    torch.testing.assert_close(traced(images), model(images), rtol=1e-3, atol=1e-4)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.randn(1, 3, side, side))
+        for count, *size in [*SIZES, (1, 1, 1), (2, 32, 32)]:
+            images = torch.randn(count, 3, *size)
+            torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_by_trace_takes_images_of_any_size(short, tmp_path):
+    """The exporter of old, which timm's onnx_export.py uses unless told otherwise."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            short,
+            (torch.randn(1, 3, 64, 64),),
+            path,
+            dynamo=False,
+            input_names=["images"],
+            dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}},
+        )
+    session = onnxruntime.InferenceSession(path)
+    for count, *size in SIZES:
+        images = torch.randn(count, 3, *size)
+        (got,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(got, short(images).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_onnx_runs_in_onnxruntime(model, tmp_path):
