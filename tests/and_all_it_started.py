@@ -39,7 +39,7 @@ def main(command: list[str]) -> int:
     process = subprocess.Popen(command)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command, too
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    status = process.wait()
+    status = _wait_for(process.pid)
     if left := descendants():
         print(f"left behind and ended: {left}", file=sys.stderr)
     deadline = time.monotonic() + _PATIENCE
@@ -49,6 +49,14 @@ def main(command: list[str]) -> int:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
     return status if status >= 0 else 128 - status
+
+
+def _wait_for(wanted: int) -> int:
+    """Its exit status; buries orphans meanwhile, whose end a test may be waiting for."""
+    while True:
+        pid, status = os.wait()
+        if pid == wanted:
+            return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

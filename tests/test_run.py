@@ -25,3 +25,11 @@ def test_its_exit_status_and_nothing_else():
         command = [sys.executable, str(SCRIPT), "bash", "-c", script]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_orphans_are_buried_while_it_runs():
+    """A test that waits until a process is gone must not wait for a zombie."""
+    script = "pid=$(bash -c 'sleep 0.1 >&2 & echo $!'); while kill -0 $pid; do sleep 0.05; done"
+    command = [sys.executable, str(SCRIPT), "bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
