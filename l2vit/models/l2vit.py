@@ -240,7 +240,7 @@ class L2ViT(Pyramid):
         """Change the intended input size and the window; no parameter changes shape.
 
         Raises:
-            ValueError: a window that is not positive.
+            ValueError: a window that is not a positive whole number.
         """
         if window_size is not None:
             _require_window(window_size)
@@ -262,8 +262,8 @@ def _require_sizes(embed_dim: int, lcm_kernel: int, window_size: int) -> None:
 
 
 def _require_window(window_size: int) -> None:
-    if window_size < 1:
-        raise ValueError(f"window_size {window_size} is not positive")
+    if not isinstance(window_size, int) or window_size < 1:
+        raise ValueError(f"window_size {window_size} is not a positive whole number")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from l2vit.models import kernels
 from l2vit.models.kernels import choice
@@ -144,6 +145,14 @@ def test_switch_and_types(able, monkeypatch):
     assert seen == [torch.float32, torch.bfloat16, torch.float16]  # once, whatever x is
     monkeypatch.setattr(choice, "_DEVICES", ("cuda",))
     assert not kernels.chosen("depthwise", x)
+
+
+def test_a_flop_counter_sees_pytorchs_operators(able):
+    able(lambda device, dtype: ([torch.ones(1)],) * 2)
+    x = torch.zeros(1)
+    with FlopCounterMode(display=False):
+        assert not kernels.chosen("depthwise", x)
+    assert kernels.chosen("depthwise", x)
 
 
 @pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True)])

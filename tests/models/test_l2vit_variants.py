@@ -79,7 +79,8 @@ def test_compiles_traces_and_exports(name):
         ({"order": "vk"}, "order 'vk' is none of auto, kv, qk"),
         ({"embed_dim": 48}, "embed_dim 48 is no multiple of the head width 32"),
         ({"lcm_kernel": 4}, "lcm_kernel 4 is neither odd nor 0"),
-        ({"window_size": 0}, "window_size 0 is not positive"),
+        ({"window_size": 0}, "window_size 0 is not a positive whole number"),
+        ({"window_size": (7, 7)}, "window_size (7, 7) is not a positive whole number"),
     ],
 )
 def test_arguments_that_make_no_network_are_refused(arguments, message):
@@ -91,7 +92,7 @@ def test_arguments_that_make_no_network_are_refused(arguments, message):
 
 def test_a_window_of_nothing_is_refused_later_too():
     model = small("l2vit_mini")
-    with pytest.raises(ValueError, match="window_size 0 is not positive"):
+    with pytest.raises(ValueError, match="window_size 0 is not a positive"):
         model.set_input_size(window_size=0)
 
 

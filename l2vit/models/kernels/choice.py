@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from l2vit.models.tracing import eager
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # compute capability: bf16 and tf32 products
 _DEVICES = ("cuda",)
@@ -37,7 +39,7 @@ def chosen(kernel: str, x: Tensor) -> bool:
     """Whether a kernel (a module of this package) is to be used for ``x`` instead of PyTorch."""
     if not _on or x.device.type not in _DEVICES or x.dtype not in _DTYPES:
         return False
-    if torch.jit.is_tracing():
+    if not (torch.compiler.is_compiling() or eager()):
         return False
     return _proven(kernel, x.device.type, x.device.index or 0)
 
