@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from l2vit import files
@@ -113,7 +114,8 @@ def load_initial(
         ]
         name = sources.architecture(model)
         return TransferReport("", "", name, "fresh head", tuple(classes), "", tuple(fates))
-    source = sources.read(init.source, weights=init.weights, model=sources.architecture(model))
+    name = sources.architecture(model)
+    source = sources.read(init.source, weights=init.weights, model=name, **_sizes(model))
     _require_same_model(model, source)
     head = sources.head_name(model)
     skip = (f"{head}.",)
@@ -143,6 +145,15 @@ def load_initial(
         note=source.note,
         tensors=tuple(fates),
     )
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """What a released file is converted for, lest its tables are resized twice on their way."""
+    arguments = getattr(model, "arguments", {})
+    height, width = to_2tuple(arguments.get("img_size", 0))
+    if height != width:
+        return {}
+    return {"input_size": height, "window_size": arguments.get("window_size", 0)}
 
 
 def _body_fate(name: str, given: Tensor, tensor: Tensor) -> TensorFate:

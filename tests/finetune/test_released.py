@@ -102,6 +102,19 @@ def test_the_l2vit_authors_file_begins_a_fine_tuning(tmp_path, model):
     assert "authors.pth" in report.summary() and "no class is shared" in report.head
 
 
+def test_released_tables_of_this_size_are_taken_as_they_are(tmp_path):
+    """Not by way of the size that the name stands for (224)."""
+    model = inline_deit()
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    file = released_deit(tmp_path / "inline.pth", model)
+    target = timm.create_model("inline_deit_tiny", num_classes=3, img_size=64)
+    init = InitConfig(source=str(file))
+    report = load_initial(target, init, classes=("a", "b", "c"), class_names=())
+    assert torch.equal(target.pos_embed, model.pos_embed)
+    assert "resized" not in report.summary()
+
+
 def test_inline_file_is_exported_with_proof(tmp_path, capfd):
     model = inline_deit()
     file = released_deit(tmp_path / "inline.pth", model)
