@@ -269,6 +269,7 @@ def read_timm(path: Path) -> Source:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / TIMM_CONFIG} is no timm model configuration ({error})") from error
+    arguments = config.get("model_args") or {}
     weights = path / TIMM_WEIGHTS
     if not weights.is_file():
         raise UserError(f"{path} holds no {TIMM_WEIGHTS}; export it again")
@@ -276,7 +277,7 @@ def read_timm(path: Path) -> Source:
         path=path,
         kind="timm",
         model=name,
-        model_args=dict(config.get("model_args", {})),
+        model_args={key: value for key, value in arguments.items() if key != "num_classes"},
         weights=safetensors.torch.load_file(weights),
         which=config.get("training", {}).get("weights", "raw"),
         classes=tuple(labels),

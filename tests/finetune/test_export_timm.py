@@ -242,3 +242,18 @@ def test_onnx_and_torch_export_and_whole_accuracy(run, tmp_path, shards, model, 
             right += int(model(show(picture)[None]).argmax()) == digit
     assert full["top1_right"] == right
     assert f"{right:,} right" in (out / "README.md").read_text()
+
+
+def test_what_timm_itself_saves_is_read(tmp_path):
+    """Since 1.0.31 it writes the number of classes among the arguments."""
+    model = timm.create_model("l2vit_mini", num_classes=5).eval()
+    model.set_input_size(64, window_size=4)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] = {"window_size": 4, "num_classes": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = sources.read(tmp_path)
+    assert source.model_args == {"window_size": 4} and source.num_classes == 5
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(source.build()(images), model(images))
