@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import resource
 
 import numpy as np
@@ -109,6 +110,32 @@ def test_a_vanished_shard_stops_the_run_at_the_limit(make_shards, tmp_path, back
     assert not np.isin(ids, np.arange(13, 26)).any() and (ids == 26).sum() > 1
 
 
+@pytest.mark.parametrize("backend, threads", [("host", 0), ("dali", 1)])
+def test_a_run_without_a_single_good_sample_ends(make_shards, backend, threads):
+    shards = make_shards()
+    for shard in shards.manifest.shards:
+        (shards.directory / shard.name).write_bytes(b"")
+    with pytest.raises(UserError, match="60 unusable samples, and no good one is left"):
+        epochs(make(shards, backend, limit=1000, threads=threads))
+
+
+def test_a_file_replaced_under_its_reader_is_opened_again(shards, monkeypatch):
+    """As network disks tell of it: the old descriptor is stale for ever."""
+    reader, fine, stale = ShardReader(shards.directory, shards.manifest), os.pread, set()
+    reader.read(0)
+    opened = reader._open[0]
+    stale |= {opened.tar, opened.lines}
+
+    def pread(descriptor, *where):
+        if descriptor in stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return fine(descriptor, *where)
+
+    monkeypatch.setattr(os, "pread", pread)
+    assert reader.read(1).image == shards.images[1]
+    assert opened is not reader._open[0]
+
+
 @pytest.mark.parametrize("backend", ["host", "dali"])
 def test_evaluation_refuses_damage(make_shards, backend):
     shards = make_shards()
@@ -133,8 +160,20 @@ def test_evaluation_refuses_damage(make_shards, backend):
         list(loader)
 
 
-def test_without_checksums_dali_still_survives_what_it_cannot_decode(make_shards, tmp_path):
-    """A file whole at both ends but rotten inside kills DALI's graph: it is found and replaced."""
+def without_scan(image):
+    """A file whose header cannot be read to its end."""
+    frame = image.index(b"\xff\xda")
+    return image[:frame] + b"\xff" * (len(image) - 2 - frame) + image[-2:]
+
+
+def without_tables(image):
+    """A file whose header is sound, so that only decoding it tells: this one stops DALI's graph."""
+    return image.replace(b"\xff\xdb", b"\xff\xfe")  # the quantization tables, now a comment
+
+
+@pytest.mark.parametrize("rotten", [without_scan, without_tables])
+def test_without_checksums_dali_still_survives_what_it_cannot_decode(make_shards, tmp_path, rotten):
+    """A file whole at both ends but rotten inside: it is found and replaced."""
     shards = make_shards(checksums=False)
     loader = make(shards, "dali")
     victim = int(next(loader).sample_ids[5])
@@ -142,10 +181,7 @@ def test_without_checksums_dali_still_survives_what_it_cannot_decode(make_shards
     tar, fields = place_of(shards, victim)
     offset, size = int(fields[1]), int(fields[2])
     data = bytearray(tar.read_bytes())
-    frame = data.index(b"\xff\xda", offset)  # the scan's header: without it nothing decodes
-    data[frame : offset + size - 2] = b"\xff\xff" * ((offset + size - 2 - frame) // 2) + b"\xff" * (
-        (offset + size - 2 - frame) % 2
-    )
+    data[offset : offset + size] = rotten(bytes(data[offset : offset + size]))
     tar.write_bytes(bytes(data))
     log = tmp_path / "bad.jsonl"
     batch = epochs(make(shards, "dali", log), 1)[0]

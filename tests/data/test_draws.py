@@ -31,14 +31,15 @@ def same_distribution(ours, theirs):
     return stats.ks_2samp(np.asarray(ours, float), np.asarray(theirs, float)).pvalue > CERTAIN
 
 
+@pytest.mark.parametrize("scale, ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.5, 0.7), (0.9, 2.0))])
 @pytest.mark.parametrize("width, height", [(500, 375), (60, 400), (400, 60), (9, 9)])
-def test_crop_boxes_like_timm(width, height):
-    drawer, drawn = draw()
+def test_crop_boxes_like_timm(width, height, scale, ratio):
+    drawer, drawn = draw(scale=scale, ratio=ratio)
     ours = drawer.boxes(drawn, np.tile([height, width], (COUNT, 1)))
     random.seed(0)
     image = Image.new("RGB", (width, height))
     params = RandomResizedCropAndInterpolation.get_params
-    theirs = np.array([params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(COUNT)])
+    theirs = np.array([params(image, scale, ratio) for _ in range(COUNT)])
     for column in range(4):
         assert same_distribution(ours[:, column], theirs[:, column]), column
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
@@ -132,6 +133,29 @@ def test_draws_are_a_function_of_seed_epoch_and_sample():
     for other in (draw(count=200, epoch=1)[1], draw(count=200, seed=2)[1]):
         assert not np.array_equal(other.crop, whole.crop)
         assert not np.array_equal(other.ops, whole.ops)
+
+
+@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", ""])
+def test_what_is_drawn_for_a_sample_is_drawn_apart(text):
+    """No two parameters come from one random number."""
+    _, drawn = draw(auto_augment=text, color_jitter=0.4)
+    erased = drawn.erase[:, 2] > 0
+    values = [
+        *drawn.crop[:, 0].T,
+        *drawn.crop[:, 1].T,
+        drawn.flip,
+        *drawn.ops.T,
+        *drawn.arguments.T,
+        erased,
+        drawn.noise_keys.astype(float),
+    ]
+    related = np.abs(np.corrcoef(np.stack([np.asarray(v, float) for v in values])))
+    own = len(drawn.ops.T)  # an argument goes with its operation
+    related[9 : 9 + 2 * own, 9 : 9 + 2 * own] = 0
+    assert (related - np.diag(np.diag(related))).max() < 5 / np.sqrt(COUNT)
+    boxes = [*drawn.erase[erased].T, *drawn.crop[erased, 0].T, drawn.flip[erased]]
+    related = np.abs(np.corrcoef(np.stack([np.asarray(v, float) for v in boxes])))[:4, 4:]
+    assert related.max() < 5 / np.sqrt(erased.sum())
 
 
 def test_no_augmentation_draws_nothing():

@@ -11,6 +11,7 @@ from timm.data import mixup as timm_mixup
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig
 from l2vit.data.mixing import Mixer
+from l2vit.data.philox import derive_key, uniforms
 from l2vit.errors import ConfigError
 
 CLASSES = 7
@@ -46,15 +47,16 @@ def test_each_group_is_mixed_as_timm_mixes_a_batch(monkeypatch, group, mixup, cu
             torch.testing.assert_close(targets[part], expected[1])
 
 
-def test_draws_like_timm():
+@pytest.mark.parametrize("switch", [0.5, 0.2])
+def test_draws_like_timm(switch):
     count, side = 6000, 64
-    mixer = Mixer(AugmentConfig(), num_classes=CLASSES, seed=3)
+    mixer = Mixer(AugmentConfig(mix_switch_prob=switch), num_classes=CLASSES, seed=3)
     drawn = mixer.draw(0, np.arange(2 * count), side, side)
     np.random.seed(0)
-    timms = timm_mixup.Mixup(0.8, 1.0, switch_prob=0.5)
+    timms = timm_mixup.Mixup(0.8, 1.0, switch_prob=switch)
     theirs = [timms._params_per_batch() for _ in range(count)]
     cut = drawn.cut[::2]
-    assert stats.binomtest(int(cut.sum()), count, 0.5).pvalue > 1e-4
+    assert stats.binomtest(int(cut.sum()), count, switch).pvalue > 1e-4
     plain = [weight for weight, cutmix in theirs if not cutmix]
     assert stats.ks_2samp(drawn.weights[::2][~cut], plain).pvalue > 1e-4
     boxes = [
@@ -67,6 +69,33 @@ def test_draws_like_timm():
         assert stats.ks_2samp(ours, [box[column] for box, _ in boxes]).pvalue > 1e-4
     corrected = [weight for _, weight in boxes]
     assert stats.ks_2samp(drawn.weights[::2][cut], corrected).pvalue > 1e-4
+
+
+def test_boxes_are_timms_of_the_same_weight_and_centre(monkeypatch):
+    """Sizes odd and even, cut off at every side."""
+    groups, height, width = np.arange(400), 47, 64
+    weights = np.random.default_rng(0).uniform(size=len(groups))
+    mixer = Mixer(AugmentConfig(), num_classes=CLASSES, seed=5)
+    boxes, left = mixer._boxes(2, groups, weights, height, width)
+    centres = uniforms(derive_key("mix box", 5, 2), groups, 2) * (height, width)
+    for i, weight in enumerate(weights.tolist()):
+        centre = iter(centres[i].astype(int).tolist())
+        monkeypatch.setattr(np.random, "randint", lambda *_, at=centre, **__: next(at))
+        expected = timm_mixup.cutmix_bbox_and_lam((3, height, width), weight)
+        assert (tuple(boxes[i].tolist()), left[i]) == (expected[0], pytest.approx(expected[1]))
+
+
+def test_draws_are_a_function_of_seed_epoch_and_group():
+    places = np.arange(200)
+
+    def weights(seed, epoch, places=places):
+        mixer = Mixer(AugmentConfig(), num_classes=CLASSES, seed=seed)
+        return mixer.draw(epoch, places, 64, 64).weights
+
+    one = weights(1, 0)
+    np.testing.assert_array_equal(weights(1, 0, places[50:60]), one[50:60])
+    for other in (weights(2, 0), weights(1, 1)):
+        assert (other != one).mean() > 0.9
 
 
 def test_the_same_at_any_world_size():

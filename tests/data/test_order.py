@@ -99,6 +99,16 @@ def test_a_rank_reads_in_runs_and_a_batch_mixes_all_chunks():
     assert chunks.mean() > 58  # of 64 samples
 
 
+def test_where_shards_are_cut_changes_with_the_epoch():
+    """Else the same samples would begin and end a run, hence be neighbours, in every epoch."""
+    order = SampleOrder("h", [1000] * 4, seed=0, chunk=50, global_batch=1)
+    starts = []
+    for epoch in range(2):
+        ids = order.epoch_ids(epoch)
+        starts.append(set(ids[1:][np.diff(ids) != 1].tolist()) - {0, 1000, 2000, 3000})
+    assert len(starts[0]) > 60 and len(starts[0] & starts[1]) < 30
+
+
 def test_batches_of_two_epochs_under_way_share_their_plans(monkeypatch):
     order, made = make(16), []
     monkeypatch.setattr(order, "_cut", lambda key, cut=order._cut: made.append(key) or cut(key))
