@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from l2vit.errors import UserError
 
 _INTERVAL = 5.0
-_context: Any = None
-_function: Callable[[Any, Any], Any] | None = None
-
-
-def _start_worker(function: Callable[[Any, Any], Any], context: Any, parent: int) -> None:
-    global _function, _context
-    _function, _context = function, context
-    # A worker that outlived a killed parent would go on writing under the next run's feet.
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _call(task: Any) -> Any:
-    assert _function is not None
-    return _function(_context, task)
+_PR_SET_PDEATHSIG = 1
 
 
 def each(
@@ -49,36 +34,95 @@ def each(
         for task in tasks:
             yield task, function(context, task)
         return
-    fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)),
-        mp_context=fork,
-        initializer=_start_worker,
-        initargs=(function, context, os.getpid()),
-    )
+    waiting = iter(tasks)
+    crew: list[_Worker] = []
     try:
-        waiting = iter(tasks)
-        running = {}
-        for task in waiting:
-            running[pool.submit(_call, task)] = task
-            if len(running) < 2 * workers:
-                continue
-            yield from _finished(running)
-        while running:
-            yield from _finished(running)
-    except BrokenProcessPool:
+        for task in _some(waiting, workers):
+            crew.append(_Worker(function, context))
+            crew[-1].give(task)
+        while busy := {worker.pipe: worker for worker in crew if worker.task}:
+            for pipe in wait(list(busy)):
+                worker = busy[pipe]  # type: ignore[index]
+                finished = worker.take()
+                for task in _some(waiting, 1):
+                    worker.give(task)
+                yield finished
+    finally:
+        for worker in crew:
+            worker.end()
+
+
+def _some(tasks: Iterator[Any], count: int) -> Iterator[Any]:
+    return (task for _, task in zip(range(count), tasks, strict=False))
+
+
+class _Worker:
+    """A forked process and a pipe to it alone.
+
+    Nothing is shared with other workers: one that is killed while it holds a lock or writes a
+    result, as those of ``ProcessPoolExecutor`` may be, would be waited for for ever.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any], context: Any) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.pipe, theirs = fork.Pipe()
+        self.task: tuple[Any, ...] = ()
+        """The one it is at, if any."""
+        arguments = (theirs, function, context, os.getpid())
+        self._process = fork.Process(target=_serve, args=arguments)
+        self._process.start()
+        theirs.close()  # so that its death ends the pipe
+
+    def give(self, task: Any) -> None:
+        self.task = (task,)
+        with _told_of_death():
+            self.pipe.send(self.task)
+
+    def take(self) -> tuple[Any, Any]:
+        """The task and its result; raises its error."""
+        with _told_of_death():
+            result, error = self.pipe.recv()
+        (task,), self.task = self.task, ()
+        if error is not None:
+            raise error
+        return task, result
+
+    def end(self) -> None:
+        """Wait for what it is at and let it go."""
+        with contextlib.suppress(Exception):  # there was an error before, or nobody asks
+            if self.task:
+                self.pipe.recv()
+            self.pipe.send(())
+        self._process.join()
+        self.pipe.close()
+
+
+@contextlib.contextmanager
+def _told_of_death() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):
         raise UserError(
             "a worker was killed, most likely for want of memory: give fewer --workers and run the"
             " same command again"
         ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(running: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        yield running.pop(future), future.result()
+def _serve(pipe: Connection, function: Callable[[Any, Any], Any], context: Any, run: int) -> None:
+    """In a worker: carry out tasks until an empty one comes."""
+    # A worker that outlived a killed parent would go on writing under the next run's feet.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != run:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while task := pipe.recv():
+        try:
+            answer: tuple[Any, Exception | None] = (function(context, *task), None)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                error.add_note("".join(traceback.format_exception(error)))
+            answer = (None, error)
+        pipe.send(answer)
 
 
 class Progress:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from multiprocessing.connection import Connection
 
 import pytest
 from raw_archives import outer_tar, small_release, write_release
@@ -14,6 +15,8 @@ import data_prep.gather
 import data_prep.scan
 import data_prep.shards
 from data_prep.__main__ import main
+from data_prep.pool import each
+from l2vit.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,39 @@ def test_a_killed_worker_is_a_clear_error(tmp_path, source, reference, monkeypat
     monkeypatch.setattr(data_prep.scan, "clean", real)
     assert main(words(source, tmp_path / "out")) == 0
     assert tree(tmp_path / "out") == reference
+
+
+def torn_at_three(_, task):
+    """Let this worker be killed with half of its answer on the way."""
+
+    def torn(pipe, data):
+        os.write(pipe.fileno(), data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if task == 3:
+        Connection._send = torn
+    return task
+
+
+def test_a_worker_killed_while_it_answers_is_a_clear_error():
+    with pytest.raises(UserError, match="worker was killed"):
+        list(each(torn_at_three, None, range(8), 2))
+    assert not multiprocessing.active_children()
+
+
+def failing_at_three(_, task):
+    if task == 3:
+        raise ZeroDivisionError("in a worker")
+    return 10 * task
+
+
+def test_work_is_done_once_and_an_error_ends_it():
+    assert dict(each(torn_at_three, None, [0, 1, 2], 5)) == {0: 0, 1: 1, 2: 2}
+    done = []
+    with pytest.raises(ZeroDivisionError, match="in a worker") as raised:
+        done.extend(each(failing_at_three, None, range(50), 3))
+    assert "failing_at_three" in raised.value.__notes__[0], "where it happened"
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("kind", ["outer", "class", "gzip", "text", "missing"])
