@@ -66,7 +66,7 @@ _NEAR = 0.9
 def _table(file: str) -> tuple[str, ...]:
     content = pkgutil.get_data("timm.data", f"_info/{file}")
     if content is None:
-        raise UserError(f"timm ships no class table {file}; install timm 1.0.20 or later")
+        raise UserError(f"timm ships no class table {file}; install timm 1.0.26 or later")
     return tuple(content.decode().split())
 
 
