@@ -28,8 +28,16 @@ class _Set:
 class Evaluator:
     """The evaluation sets of a run: ``data.val`` under the name val, and ``eval.extra``."""
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, *, world: World) -> None:
-        self._world = world
+    def __init__(
+        self,
+        config: TrainConfig,
+        manifest: Manifest,
+        *,
+        world: World,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open the sets; ``beat`` is called before each batch, as often on every rank."""
+        self._world, self._beat = world, beat
         self._sets: list[_Set] = []
         if config.data.val:
             self._add(config, manifest, "val", config.data.val, 0, 0.0)
@@ -66,13 +74,22 @@ class Evaluator:
     def _measure(self, engine: Engine, suffix: str) -> dict[str, float]:
         values = {}
         for each in self._sets:
-            forward = _restricted(engine.infer, each.columns)
+            forward = self._beating(_restricted(engine.infer, each.columns))
             tally: Tally = evaluate(forward, each.loader, world=self._world)
             name = each.name + suffix
             values[f"{name}/top1_percent"] = tally.top1_percent
             values[f"{name}/top5_percent"] = tally.top5_percent
             values[f"{name}/loss"] = tally.mean_loss
         return values
+
+    def _beating(
+        self, forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        def beating(images: torch.Tensor) -> torch.Tensor:
+            self._beat()
+            return forward(images)
+
+        return beating
 
     def _add(
         self, config: TrainConfig, manifest: Manifest, name: str, path: str, size: int, crop: float

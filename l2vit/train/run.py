@@ -239,7 +239,7 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
     per_epoch = loader.order.steps_per_epoch
     schedule = Schedule.build(config.schedule, config.optim, steps_per_epoch=per_epoch)
     every = Intervals.build(config, per_epoch)
-    evaluator = Evaluator(config, manifest, world=world)
+    evaluator = Evaluator(config, manifest, world=world, beat=clock.beat)
     engine = Engine(network, config, world=world, split=split)
     metrics = Metrics(
         directory, main=world.main, total_steps=schedule.total, resumed_step=state.step

@@ -23,7 +23,7 @@ from l2vit.train.config import (
 )
 from l2vit.train.distributed import World
 from l2vit.train.evaluate import evaluate
-from l2vit.train.evaluator import class_columns
+from l2vit.train.evaluator import Evaluator, _Set, class_columns
 from l2vit.train.state import TrainState
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -219,6 +219,24 @@ def test_phases_are_timed_and_counted():
             place, _ = clock.place()
             assert place.phase == phase
     assert clock.place()[0].count == 2 and set(clock.seconds) == {"data", "forward"}
+
+
+def test_each_batch_of_an_evaluation_is_progress():
+    """An evaluation may take longer than ``faults.hang_seconds``; a batch of it may not."""
+    clock, seen = PhaseClock(), []
+
+    def infer(images):
+        seen.append(clock.place()[0])
+        return torch.zeros(len(images), 7)
+
+    network = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    engine = SimpleNamespace(infer=infer, ema=None, module=network, average_buffers=lambda: None)
+    config = TrainConfig(RunConfig("r"), ModelConfig("m"), ScheduleConfig(8))
+    evaluator = Evaluator(config, None, world=ALONE, beat=clock.beat)
+    evaluator._sets = [_Set("val", [batch(5), batch(4, 5), batch(0, 9)], None)]
+    with clock("evaluate"):
+        evaluator.run(engine)
+    assert [(place.count, place.phase) for place in seen] == [(n, "evaluate") for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(
