@@ -41,7 +41,7 @@ class DataConfig:
     """Decoding threads (dali) or worker processes (host) per rank; 0 works in the main process
     (host)."""
     prefetch: int = 2
-    """Batches made ready ahead of the one in use."""
+    """Batches made ready ahead of the one in use; in each worker process (host)."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs for the hardware decoder of a GPU that has one (dali)."""
     chunk: int = 256

@@ -64,7 +64,8 @@ def train_loader(
 
     Raises:
         ConfigError: the batch sizes do not divide, or there is less than one global batch.
-        UserError: a shard is missing.
+        UserError: no step begins at ``images_seen``, or the subset's labels cannot be read; while
+            iterating, too many unusable samples or a worker process that was killed.
     """
     directory = Path(data.train)
     subset = subset_ids(data.subset, directory, manifest, seed=seed)
