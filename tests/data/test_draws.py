@@ -16,6 +16,7 @@ from torchvision.transforms import ColorJitter
 
 from l2vit.data.config import AugmentConfig
 from l2vit.data.draws import NO_OP, OPS, Drawer, erase_noise, fill_colour
+from l2vit.data.raw import Erasing
 from l2vit.errors import ConfigError
 
 COUNT = 4000
@@ -107,6 +108,13 @@ def test_erasing_noise_is_normal_and_repeatable():
     assert stats.kstest(noise.ravel(), "norm").pvalue > CERTAIN
     np.testing.assert_array_equal(noise, erase_noise(7, 60, 50))
     assert not np.array_equal(noise, erase_noise(8, 60, 50))
+
+
+def test_every_erased_box_has_noise_of_its_own():
+    boxes = np.array([[0, 1, 3, 2], [5, 5, 0, 0], [2, 0, 3, 2]])
+    erasing = Erasing.draw(boxes, np.array([4, 5, 6], np.uint64))
+    expected = [erase_noise(key, 3, 2).reshape(-1, 3) for key in (4, 6)]
+    np.testing.assert_array_equal(erasing.noise.numpy(), np.concatenate(expected))
 
 
 def test_flip_and_jitter_like_torchvision():

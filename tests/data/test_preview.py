@@ -31,6 +31,10 @@ def test_page(shards, tmp_path, capsys):
     assert decoded[0].shape == (32, 32, 3)
     for host, dali in zip(decoded[0::3], decoded[1::3], strict=True):
         assert np.abs(host - dali).mean() < 1.5
+    mixed = [
+        np.abs(host - both).max() for host, both in zip(decoded[::3], decoded[2::3], strict=True)
+    ]
+    assert min(mixed) > 30
     for sample in map(int, re.findall(r"<br>sample (\d+)", text)):
         assert f"n{shards.labels[sample]:08d}<br>sample {sample}" in text
 

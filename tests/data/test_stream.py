@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +18,15 @@ from l2vit.config import from_tree
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.draws import Drawer
 from l2vit.data.loaders import train_loader
-from l2vit.data.stream import address
+from l2vit.data.order import SampleOrder, Share
+from l2vit.data.plan import TrainPlan
+from l2vit.data.stream import StreamTrainSet, address
 from l2vit.errors import ConfigError, UserError
 from l2vit.train import run
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
+
+ORDER = {"seed": 0, "chunk": 4, "global_batch": 4}
 
 
 def make(shards, *, rank=0, world=1, threads=0, seen=0, limit=10, log=None, **options):
@@ -67,6 +73,54 @@ def test_samples_are_those_of_the_shards(shards):
     found = (first.images[0].permute(1, 2, 0) * std + mean) * 255
     np.testing.assert_array_equal(found.round().numpy(), expected)
     np.testing.assert_array_equal(first.positions, np.arange(4))
+
+
+def stream_set(shards, *, seen=0, buffer=1):
+    order = SampleOrder("h", [s.samples for s in shards.manifest.shards], **ORDER)
+    augment = AugmentConfig(auto_augment="", erase_prob=0.0)
+    return StreamTrainSet(
+        url=f"pipe:cat {shards.directory}/{{shard}}",
+        directory=shards.directory,
+        manifest=shards.manifest,
+        plan=TrainPlan(order, Share(0, 1, 4, 4), seen),
+        augment=augment,
+        drawer=Drawer(augment, input_size=8, seed=0),
+        input_size=8,
+        seed=0,
+        buffer=buffer,
+        limit=0,
+    )
+
+
+def test_workers_share_shards_and_places(shards, monkeypatch):
+    """torch takes their batches in turn: the n-th of all must fill the plan's n-th places."""
+    dataset, ids, batches = stream_set(shards), [], []
+    for worker in range(2):
+        info = SimpleNamespace(id=worker, num_workers=2)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda info=info: info)
+        batches.append(list(itertools.islice(dataset, 5)))
+        ids.append({int(i) for batch in batches[-1] for i in batch.ids})
+    assert not ids[0] & ids[1] and len(ids[0]) == len(ids[1]) == 20
+    for number, batch in enumerate(itertools.chain(*zip(*batches, strict=True))):
+        assert batch.work.number == number
+        np.testing.assert_array_equal(batch.work.positions, 4 * number + np.arange(4))
+
+
+def test_passes_and_resumed_runs_are_shuffled_anew(shards):
+    def ids(**options):
+        batches = itertools.islice(stream_set(shards, **options), 30)
+        return np.concatenate([batch.ids for batch in batches])
+
+    def shards_of(part):
+        return list(dict.fromkeys((part // 13).tolist()))
+
+    first, second = np.split(ids(), 2)
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert (np.diff(first) == 1).sum() == 60 - 5  # a buffer of one mixes nothing
+    assert shards_of(first) != shards_of(second)
+    assert shards_of(ids(seen=16)[:60]) != shards_of(first)
+    mixed = ids(buffer=20)[:40]
+    assert (np.diff(mixed) == 1).sum() < 10 and len(set(mixed.tolist())) == 40
 
 
 def test_ranks_read_disjoint_shards(shards):
