@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,11 +50,11 @@ def through_dali(images: list[bytes], boxes: np.ndarray) -> torch.Tensor:
     """(n, SIZE, SIZE, 3) uint8 from the graph."""
     count = len(images)
 
-    def make(number: int, *, strict: bool) -> Feed:
+    def make(number: int, *, check: Any) -> Feed:
         ids = np.arange(count)
         sizes, windows = np.full((count, 2), SIZE), np.zeros((count, 2), np.int64)
         work = Work(number, 0, ids, ids)
-        return Feed(work, images, boxes, sizes, windows, np.zeros(count, bool), None)
+        return Feed(work, ids, images, boxes, sizes, windows, np.zeros(count, bool), None)
 
     settings = {"batch": count, "input_size": SIZE, "interpolation": "bicubic", "threads": 1}
     batches = DaliBatches(make, count=1, prefetch=1, gpu=False, device_id=None, **settings)

@@ -21,6 +21,7 @@ import torch
 
 from l2vit.data import host_ops
 from l2vit.data.plan import Work
+from l2vit.data.shards import BadSample, Sample
 from l2vit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Feed:
     """One batch on its way into the graph."""
 
     work: Work
+    ids: np.ndarray
+    """(n,) sample ids of the images."""
     images: list[bytes]
     boxes: np.ndarray
     """(n, 4): top, left, height, width of the part to decode."""
@@ -46,9 +49,9 @@ class Feed:
 
 
 class FeedMaker(Protocol):
-    """Makes feeds; ``strict`` asks for every image to be decoded once before it is handed over."""
+    """Makes feeds of samples that pass ``check``, which raises BadSample."""
 
-    def __call__(self, number: int, *, strict: bool) -> Feed: ...
+    def __call__(self, number: int, *, check: Callable[[Sample], None]) -> Feed: ...
 
 
 def build_graph(
@@ -132,7 +135,8 @@ class DaliBatches:
     """Pixels of feeds 0, 1, … in order: pairs (feed, (n, S, S, 3) uint8 on the device).
 
     A batch that DALI cannot decode (a damaged file that looked whole) is made again with every
-    image checked by a strict decoder first, so that the maker can replace the culprit.
+    image checked by a strict decoder first, so that the maker can replace the culprit. If none is
+    found so, DALI itself is asked for each, and refuses what it alone cannot decode.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class DaliBatches:
         self._under_way: deque[Feed] = deque()
         self._next = 0
         self._strict_until = 0
+        self._refused: set[int] = set()
         self._failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[tuple[Feed, torch.Tensor]]:
@@ -166,19 +171,49 @@ class DaliBatches:
         self._next = number
 
     def _one(self, number: int) -> tuple[Feed, torch.Tensor]:
+        remedies = [self._be_strict, self._ask_dali]
+        while True:
+            try:
+                return self._run()
+            except RuntimeError as error:
+                self._raise_failure()
+                if not remedies or not remedies.pop(0)():
+                    raise UserError(f"DALI cannot make batch {number}: {error}") from error
+            self._restart(number)
+
+    def _be_strict(self) -> bool:
+        self._strict_until = self._next  # every image that was under way
+        return True
+
+    def _ask_dali(self) -> bool:
+        found: set[int] = set()
+        for feed in self._under_way:
+            found |= self._undecodable(feed, np.arange(len(feed.images)))
+        if len(found) == sum(len(feed.images) for feed in self._under_way):
+            return False  # no fault of the pictures: no memory, a broken device
+        self._refused |= found
+        return bool(found)
+
+    def _undecodable(self, feed: Feed, places: np.ndarray) -> set[int]:
+        """Sample ids of those at ``places`` that DALI cannot decode, found by halving."""
+        images = [np.frombuffer(feed.images[place], np.uint8) for place in places]
+        given = (images, *np.hsplit(feed.boxes[places].astype(np.int32), 2))
         try:
-            return self._run()
-        except RuntimeError as error:
-            self._raise_failure()
-            first_error = error
-        # Once more from here on, checking every image that was under way.
-        self._strict_until = self._next
-        self._restart(number)
-        try:
-            return self._run()
-        except RuntimeError as error:
-            self._raise_failure()
-            raise UserError(f"DALI cannot make batch {number}: {error}") from first_error
+            pipeline = build_graph(lambda: given, prefetch=1, **{**self._graph, "whole": False})
+            pipeline.build()
+            pipeline.run()
+        except RuntimeError:
+            if len(places) == 1:
+                return set(feed.ids[places].tolist())
+            halves = np.array_split(places, 2)
+            return self._undecodable(feed, halves[0]) | self._undecodable(feed, halves[1])
+        return set()
+
+    def _check(self, sample: Sample) -> None:
+        if sample.id in self._refused:
+            raise BadSample("DALI cannot decode it")
+        if self._next < self._strict_until:
+            host_ops.decode(sample.image)
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -203,7 +238,7 @@ class DaliBatches:
         if self._count is not None:
             number %= self._count  # already the next iteration's
         try:
-            feed = self._make(number, strict=self._next < self._strict_until)
+            feed = self._make(number, check=self._check)
         except BaseException as error:
             self._failure = error  # DALI would wrap it and lose its type
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from l2vit.data import host_ops
 from l2vit.data.bad_samples import BadSampleLog, Fetched, NoBadSamples, fetch
 from l2vit.data.dali_loader import Feed
 from l2vit.data.draws import Drawer, Drawn
@@ -23,13 +24,9 @@ class _Encoded:
     """Height, width."""
 
 
-def _accept(sample: Sample) -> _Encoded:
+def _accept(sample: Sample, *, check: Callable[[Sample], None]) -> _Encoded:
+    check(sample)
     return _Encoded(sample.image, image_size(sample.image))
-
-
-def _accept_strictly(sample: Sample) -> _Encoded:
-    host_ops.decode(sample.image)
-    return _accept(sample)
 
 
 @dataclass
@@ -54,7 +51,7 @@ class TrainFeeds:
     ahead: int
     """Batches whose bytes the system is asked for ahead of time."""
 
-    def __call__(self, number: int, *, strict: bool) -> Feed:
+    def __call__(self, number: int, *, check: Callable[[Sample], None]) -> Feed:
         work = self.plan.work(number)
         first = number + self.ahead if number else 1
         for upcoming in range(first, number + self.ahead + 1):
@@ -62,7 +59,7 @@ class TrainFeeds:
         fetched = fetch(
             self.reader,
             work.ids,
-            _accept_strictly if strict else _accept,
+            functools.partial(_accept, check=check),
             following=self.plan.order.following,
             limit=self.limit,
         )
@@ -72,6 +69,7 @@ class TrainFeeds:
         count = len(work.ids)
         return Feed(
             work=work,
+            ids=fetched.ids,
             images=[encoded.image for encoded in fetched.payloads],
             boxes=self.drawer.boxes(drawn, sizes),
             sizes=np.full((count, 2), self.input_size),
@@ -92,12 +90,12 @@ class EvalFeeds:
     crop_mode: str
     log: NoBadSamples
 
-    def __call__(self, number: int, *, strict: bool) -> Feed:
+    def __call__(self, number: int, *, check: Callable[[Sample], None]) -> Feed:
         work = self.plan.work(number)
         fetched = fetch(
             self.reader,
             work.ids,
-            _accept_strictly if strict else _accept,
+            functools.partial(_accept, check=check),
             following=lambda sample_id: sample_id,
             limit=0,
         )
@@ -106,6 +104,7 @@ class EvalFeeds:
         resized = eval_sizes(sizes, self.input_size, self.crop_fraction, self.crop_mode)
         return Feed(
             work=work,
+            ids=fetched.ids,
             images=[encoded.image for encoded in fetched.payloads],
             boxes=np.concatenate([np.zeros_like(sizes), sizes], axis=1),
             sizes=resized,

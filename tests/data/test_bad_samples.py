@@ -13,6 +13,7 @@ import pytest
 import torch
 from photo_shards import write_shards
 
+from l2vit.data import host_ops
 from l2vit.data.bad_samples import BadSampleLog
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.loaders import eval_loader, train_loader
@@ -136,11 +137,8 @@ def test_a_file_replaced_under_its_reader_is_opened_again(shards, monkeypatch):
     assert opened is not reader._open[0]
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
-def test_evaluation_refuses_damage(make_shards, backend):
-    shards = make_shards()
-    flip_bit(shards, 30)
-    loader = eval_loader(
+def evaluation(shards, backend):
+    return eval_loader(
         shards.directory,
         backend=backend,
         input_size=32,
@@ -155,6 +153,13 @@ def test_evaluation_refuses_damage(make_shards, backend):
         batch=8,
         device=torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("backend", ["host", "dali"])
+def test_evaluation_refuses_damage(make_shards, backend):
+    shards = make_shards()
+    flip_bit(shards, 30)
+    loader = evaluation(shards, backend)
     told = rf"cannot evaluate.*{shards.keys[30]} in shard-000002.tar.*verify {shards.directory} --r"
     with pytest.raises(UserError, match=told):
         list(loader)
@@ -171,23 +176,44 @@ def without_tables(image):
     return image.replace(b"\xff\xdb", b"\xff\xfe")  # the quantization tables, now a comment
 
 
-@pytest.mark.parametrize("rotten", [without_scan, without_tables])
-def test_without_checksums_dali_still_survives_what_it_cannot_decode(make_shards, tmp_path, rotten):
-    """A file whole at both ends but rotten inside: it is found and replaced."""
-    shards = make_shards(checksums=False)
-    loader = make(shards, "dali")
-    victim = int(next(loader).sample_ids[5])
-    loader.close()
-    tar, fields = place_of(shards, victim)
+def spoil(shards, sample, rotten):
+    tar, fields = place_of(shards, sample)
     offset, size = int(fields[1]), int(fields[2])
     data = bytearray(tar.read_bytes())
     data[offset : offset + size] = rotten(bytes(data[offset : offset + size]))
     tar.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("rotten", [without_scan, without_tables])
+@pytest.mark.parametrize("alone", [False, True])
+def test_without_checksums_dali_still_survives_what_it_cannot_decode(
+    make_shards, tmp_path, monkeypatch, rotten, alone
+):
+    """A file whole at both ends but rotten inside, to every decoder or to DALI alone."""
+    shards = make_shards(checksums=False)
+    loader = make(shards, "dali")
+    victim = int(next(loader).sample_ids[5])
+    loader.close()
+    spoil(shards, victim, rotten)
     log = tmp_path / "bad.jsonl"
+    if alone:
+        monkeypatch.setattr(host_ops, "decode", lambda image: None)
     batch = epochs(make(shards, "dali", log), 1)[0]
     assert batch.sample_ids[5] == victim + 1
     assert batch.labels[5] == shards.labels[victim + 1]
-    assert json.loads(log.read_text())["key"] == shards.keys[victim]
+    (line,) = map(json.loads, log.read_text().splitlines())
+    assert line["key"] == shards.keys[victim]
+    by_dali = alone and rotten is without_tables  # the other has no size, whoever decodes it
+    assert by_dali == (line["reason"] == "DALI cannot decode it")
+
+
+def test_what_dali_alone_cannot_decode_is_named_by_an_evaluation(make_shards, monkeypatch):
+    shards = make_shards(checksums=False)
+    spoil(shards, 30, without_tables)
+    monkeypatch.setattr(host_ops, "decode", lambda image: None)
+    loader = evaluation(shards, "dali")
+    with pytest.raises(UserError, match=rf"{shards.keys[30]} in .* \(DALI cannot decode it\)"):
+        list(loader)
 
 
 @pytest.mark.parametrize("half, told", [(0, "neither a JPEG"), (1, "cut off")])
