@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -70,7 +71,11 @@ class _Worker:
         """The one it is at, if any."""
         arguments = (theirs, function, context, os.getpid())
         self._process = fork.Process(target=_serve, args=arguments)
+        # What this process left to its collector may wait, in another, for threads that are not
+        # there (a DALI pipeline does).
+        gc.disable()
         self._process.start()
+        gc.enable()
         theirs.close()  # so that its death ends the pipe
 
     def give(self, task: Any) -> None:
@@ -110,6 +115,8 @@ def _told_of_death() -> Iterator[None]:
 
 def _serve(pipe: Connection, function: Callable[[Any, Any], Any], context: Any, run: int) -> None:
     """In a worker: carry out tasks until an empty one comes."""
+    gc.freeze()
+    gc.enable()
     # A worker that outlived a killed parent would go on writing under the next run's feet.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != run:

@@ -1,5 +1,6 @@
 """Killed, out of space, without its source: nothing finished is lost, and the end is the same."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -304,3 +305,28 @@ def test_a_spoilt_copy_falls_back_on_the_source(tmp_path, source, reference, mon
     monkeypatch.setattr(data_prep.shards, "write_records", spoil)
     assert main([*words(source, out, 1), "--gather"]) == 0
     assert len(used) == 20 and tree(out) == reference
+
+
+class OfTheParent:
+    """Garbage that must not be collected in another process, as a DALI pipeline: it hangs there."""
+
+    def __init__(self):
+        self.pid, self.itself = os.getpid(), self
+
+    def __del__(self):
+        if os.getpid() != self.pid:
+            os._exit(1)
+
+
+def collect(context, task):
+    gc.collect()
+    return task
+
+
+def test_workers_leave_the_garbage_of_their_parent_alone():
+    gc.disable()
+    try:
+        OfTheParent()
+        assert sorted(each(collect, None, [1, 2, 3], 2)) == [(1, 1), (2, 2), (3, 3)]
+    finally:
+        gc.enable()
