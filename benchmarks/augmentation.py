@@ -54,7 +54,7 @@ def through_dali(images: list[bytes], boxes: np.ndarray) -> torch.Tensor:
         ids = np.arange(count)
         sizes, windows = np.full((count, 2), SIZE), np.zeros((count, 2), np.int64)
         work = Work(number, 0, ids, ids)
-        return Feed(work, ids, images, boxes, sizes, windows, np.zeros(count, bool), None)
+        return Feed(work, ids, ids, images, boxes, sizes, windows, np.zeros(count, bool))
 
     settings = {"batch": count, "input_size": SIZE, "interpolation": "bicubic", "threads": 1}
     batches = DaliBatches(make, count=1, prefetch=1, gpu=False, device_id=None, **settings)

@@ -35,6 +35,8 @@ class Feed:
     work: Work
     ids: np.ndarray
     """(n,) sample ids of the images."""
+    labels: np.ndarray
+    """(n,) int64, theirs."""
     images: list[bytes]
     boxes: np.ndarray
     """(n, 4): top, left, height, width of the part to decode."""
@@ -44,8 +46,8 @@ class Feed:
     """(n, 2): top, left of the S × S part of the result that is kept."""
     flip: np.ndarray
     """(n,) bool."""
-    extra: Any
-    """Whatever the caller wants back with the pixels."""
+    extra: Any = None
+    """Whatever else the caller wants back with the pixels."""
 
 
 class FeedMaker(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l2vit.data.bad_samples import BadSampleLog, Fetched, NoBadSamples, fetch
+from l2vit.data.bad_samples import BadSampleLog, NoBadSamples, fetch
 from l2vit.data.dali_loader import Feed
 from l2vit.data.draws import Drawer, Drawn
 from l2vit.data.plan import EvalPlan, TrainPlan
@@ -33,7 +33,6 @@ def _accept(sample: Sample, *, check: Callable[[Sample], None]) -> _Encoded:
 class TrainExtra:
     """What training needs back with the pixels."""
 
-    fetched: Fetched[_Encoded]
     drawn: Drawn
     erasing: Erasing
 
@@ -70,12 +69,13 @@ class TrainFeeds:
         return Feed(
             work=work,
             ids=fetched.ids,
+            labels=fetched.labels,
             images=[encoded.image for encoded in fetched.payloads],
             boxes=self.drawer.boxes(drawn, sizes),
             sizes=np.full((count, 2), self.input_size),
             windows=np.zeros((count, 2), np.int64),
             flip=drawn.flip,
-            extra=TrainExtra(fetched, drawn, Erasing.draw(drawn.erase, drawn.noise_keys)),
+            extra=TrainExtra(drawn, Erasing.draw(drawn.erase, drawn.noise_keys)),
         )
 
 
@@ -105,12 +105,12 @@ class EvalFeeds:
         return Feed(
             work=work,
             ids=fetched.ids,
+            labels=fetched.labels,
             images=[encoded.image for encoded in fetched.payloads],
             boxes=np.concatenate([np.zeros_like(sizes), sizes], axis=1),
             sizes=resized,
             windows=np.rint((resized - self.input_size) / 2).astype(np.int64),
             flip=np.zeros(len(sizes), bool),
-            extra=fetched,
         )
 
 

@@ -170,7 +170,7 @@ def _augmented(batches: DaliBatches, augment: AugmentConfig) -> Generator[RawBat
             fill=fill,
             interpolation=augment.interpolation,
         )
-        yield RawBatch(feed.work, pixels, feed.ids, extra.fetched.labels, extra.erasing)
+        yield RawBatch(feed.work, pixels, feed.ids, feed.labels, extra.erasing)
 
 
 class TrainLoader:
@@ -307,7 +307,7 @@ class _DaliEval:
 
     def __iter__(self) -> Iterator[RawBatch]:
         for feed, pixels in self._batches:
-            yield RawBatch(feed.work, pixels, feed.ids, feed.extra.labels)
+            yield RawBatch(feed.work, pixels, feed.ids, feed.labels)
 
     def close(self) -> None:
         self._batches.close()
