@@ -27,10 +27,9 @@ from l2vit.data.manifest import Manifest, Shard
 from l2vit.data.order import SampleOrder, Share
 from l2vit.data.plan import TrainPlan
 from l2vit.data.shards import ShardReader
-from l2vit.launch import preflight
-from l2vit.launch.preflight import Facts
-from l2vit.train import checkpoint
+from l2vit.train import checkpoint, preflight
 from l2vit.train.checkpoint import CheckpointMeta, Part, Piece, Reader
+from l2vit.train.preflight import Facts
 
 SHARD_SAMPLES = 9_700
 """Samples of a 1 GiB shard of 110 kB images."""

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from l2vit import config as configuration
 from l2vit.data.manifest import Manifest
 from l2vit.errors import UserError
-from l2vit.launch.preflight import Facts, Problem, collect, differences, shared_directory
 from l2vit.plan.devices import DEVICES, Device
 from l2vit.plan.estimate import Cluster, Work, estimate
 from l2vit.train import batching, distributed
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
+from l2vit.train.preflight import Facts, Problem, collect, differences, shared_directory
 from l2vit.train.run import mix_group
 
 SECONDS = 15.0

@@ -23,8 +23,7 @@ from l2vit.config import dump, to_tree
 from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError, UserError
-from l2vit.launch import preflight
-from l2vit.train import batching, checkpoint, distributed, model, param_groups, vitals
+from l2vit.train import batching, checkpoint, distributed, model, param_groups, preflight, vitals
 from l2vit.train.checkpoint import CheckpointMeta, Reader
 from l2vit.train.clock import PhaseClock
 from l2vit.train.config import TrainConfig

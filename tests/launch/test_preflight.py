@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from l2vit.errors import UserError
-from l2vit.launch import cluster_check, preflight
+from l2vit.launch import cluster_check
 from l2vit.launch.cluster_check import Measured, Need
-from l2vit.launch.preflight import Facts
+from l2vit.train import preflight
+from l2vit.train.preflight import Facts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 

@@ -22,6 +22,7 @@ from l2vit.data.manifest import MANIFEST_NAME
 from l2vit.errors import UserError
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
+from l2vit.train.provenance import git_commit, versions
 
 CLOCK_SECONDS = 2.0
 """Clocks that differ by more make logs unreadable and confuse some file servers."""
@@ -76,7 +77,6 @@ def collect(config: TrainConfig, world: World) -> list[Facts]:
 
 
 def _same(config: TrainConfig) -> dict[str, str]:
-    from l2vit.train.provenance import git_commit, versions
 
     found = dict(versions())
     found["code"] = git_commit()
