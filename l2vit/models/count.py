@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_parameters(model: nn.Module) -> int:
     """Learned parameters; buffers are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def shapes_only(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` on the meta device, in fp32: shapes without memory or arithmetic."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, dtype=dtype, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)
 
 
 def count_macs(
@@ -33,7 +47,7 @@ def count_macs(
             LayerNorm, 2 for each through a BatchNorm.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    twin = copy.deepcopy(model).to(device="meta", dtype=torch.float32).eval()
+    twin = shapes_only(model).eval()
     image = torch.empty(1, in_chans, height, width, device="meta")
     counter = FlopCounterMode(display=False)
     extra = 0
