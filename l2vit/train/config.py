@@ -181,6 +181,8 @@ class TrainConfig:
     run: RunConfig
     model: ModelConfig
     schedule: ScheduleConfig
+    task: str = "classify"
+    """What is learned (``l2vit.train.tasks``); other tasks have sections of their own."""
     about: AboutConfig = field(default_factory=AboutConfig)
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)

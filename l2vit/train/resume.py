@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ def changed_settings(saved: Path, config: TrainConfig) -> list[str]:
     if not saved.is_file():
         return []
     then, now = _flat(read_tree(saved)), _flat(to_tree(config))
+    then = _defaults(config) | then  # keys that are younger than the run
     changed = [
         key
         for key in sorted(then.keys() | now.keys())
@@ -53,6 +55,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _defaults(section: Any, prefix: str = "") -> dict[str, Any]:
+    """The default of every key that has one."""
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(section):
+        value = getattr(section, each.name)
+        if dataclasses.is_dataclass(value):
+            found |= _defaults(value, f"{prefix}{each.name}.")
+        elif each.default is not dataclasses.MISSING:
+            found |= _flat({each.name: each.default}, prefix)
+    return found
 
 
 def to_continue(

@@ -33,6 +33,15 @@ def test_what_may_change_is_told_but_for_the_directory(config, saved):
     assert changed_settings(saved, config) == ["engine.zero_stage: 1 -> 3"]
 
 
+def test_a_key_younger_than_the_run_had_its_default(config, saved):
+    text = saved.read_text()
+    saved.write_text(text.replace("task: classify\n", "").replace("  decay: 0.0\n", ""))
+    assert saved.read_text().count("\n") == text.count("\n") - 2
+    assert changed_settings(saved, config) == []
+    config.ema.decay = 0.5
+    assert changed_settings(saved, config) == ["ema.decay: 0.0 -> 0.5"]
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

@@ -1,0 +1,143 @@
+"""Image classification as a `Task`: shards, mixed images, soft targets, top-1 accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from l2vit.data.bad_samples import LOG_NAME
+from l2vit.data.batch import Batch
+from l2vit.data.manifest import Manifest
+from l2vit.errors import ConfigError
+from l2vit.train import model
+from l2vit.train.batching import Split
+from l2vit.train.config import TrainConfig
+from l2vit.train.distributed import World
+from l2vit.train.engine import Engine
+from l2vit.train.evaluator import Evaluator
+from l2vit.train.schedule import steps_of
+from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
+
+
+class Classification:
+    """Learns to classify the images of ``data.train``.
+
+    Raises:
+        ConfigError: ``data.train`` is not set.
+        UserError: it holds no finished shards.
+    """
+
+    headline = "/top1_percent"
+
+    def __init__(self, config: TrainConfig) -> None:
+        if not config.data.train:
+            raise ConfigError("data.train is required: the directory of shards to train on")
+        self._config = config
+        self._manifest = manifest = Manifest.of_training(config.data)
+        self.data = TrainingData(
+            classes=manifest.classes,
+            class_names=manifest.class_names,
+            class_hash=manifest.class_hash,
+            manifest_hash=manifest.hash,
+            provenance={"dataset": manifest.dataset, **manifest.provenance},
+            where=config.data.train,
+        )
+        augment = config.augment
+        self.batch_multiple = augment.mix_group if augment.mixup or augment.cutmix else 1
+        self._mix_off_steps = 0
+
+    def network(self) -> nn.Module:
+        """The timm model that ``model`` describes."""
+        return model.create(self._config, classes=len(self.data.classes))
+
+    def initialise(self, network: nn.Module) -> Report | None:
+        """Load ``init.source``, the classifier's rows by class identifier."""
+        if not self._config.init.source:
+            return None
+        from l2vit.train.transfer import load_initial
+
+        classes, names = self.data.classes, self.data.class_names
+        return load_initial(network, self._config.init, classes=classes, class_names=names)
+
+    def flops_per_image(self, network: nn.Module) -> float:
+        """Six times the multiply-adds at the training resolution."""
+        from l2vit.models.count import count_macs
+
+        try:
+            return 6 * count_macs(network, self._config.data.input_size)
+        except (RuntimeError, NotImplementedError):  # the meta device cannot run the model
+            return math.nan
+
+    def trial_loss(self, network: nn.Module, images: int, device: torch.device) -> torch.Tensor:
+        """Cross-entropy of black images against uniform targets."""
+        size, dtype = self._config.data.input_size, next(network.parameters()).dtype
+        black = torch.zeros(images, 3, size, size, dtype=dtype, device=device)
+        logits = network(black.contiguous(memory_format=torch.channels_last)).float()
+        return F.cross_entropy(logits, torch.full_like(logits, 1 / logits.shape[1]))
+
+    def loader(self, split: Split, world: World, *, images_seen: int, directory: Path) -> Loader:
+        """Augmented images of ``data.train``."""
+        from l2vit.data.loaders import train_loader
+        from l2vit.data.mixing import Mixer
+
+        config = self._config
+        loader = train_loader(
+            config.data,
+            config.augment,
+            manifest=self._manifest,
+            seed=config.run.seed,
+            rank=world.rank,
+            world=world.size,
+            micro_batch=split.micro_batch,
+            global_batch=config.schedule.global_batch,
+            device=world.device,
+            images_seen=images_seen,
+            bad_samples_log=directory / LOG_NAME,
+        )
+        self._mixer = Mixer(
+            config.augment, num_classes=len(self.data.classes), seed=config.run.seed
+        )
+        self._mix_off_steps = steps_of(
+            f"{config.augment.mix_off_epochs} epochs",
+            "augment.mix_off_epochs",
+            loader.order.steps_per_epoch,
+            config.schedule.global_batch,
+        )
+        return loader
+
+    def prepare(self, batch: Batch, *, steps_left: int) -> TrainBatch[torch.Tensor]:
+        """Mix images and labels; the targets are (B, classes) probabilities."""
+        images, targets = self._mixer(batch, mix=steps_left > self._mix_off_steps)
+        return TrainBatch(images, targets, batch.sample_ids)
+
+    def loss(
+        self, engine: Engine, batch: TrainBatch[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross-entropy with soft targets."""
+        logits = engine.forward(batch.images)
+        return -(batch.targets * F.log_softmax(logits, dim=1)).sum(1).mean(), {}
+
+    def evaluator(self, world: World, beat: Callable[[], None]) -> Evaluator:
+        """``data.val`` and the sets of ``eval.extra``."""
+        return Evaluator(self._config, self._manifest, world=world, beat=beat)
+
+    def pictures(self, images: torch.Tensor) -> np.ndarray:
+        """The images with the normalisation undone."""
+        from l2vit.data.preview import to_bytes
+
+        return to_bytes(images, self._config.augment.mean, self._config.augment.std)
+
+    def sample_keys(self, sample_ids: Sequence[int]) -> list[str]:
+        """``SHARD#PLACE`` of each sample."""
+        firsts = self._manifest.first_ids
+        keys = []
+        for sample in sample_ids:
+            shard = int(np.searchsorted(firsts, sample, side="right")) - 1
+            keys.append(f"{self._manifest.shards[shard].name}#{sample - int(firsts[shard])}")
+        return keys

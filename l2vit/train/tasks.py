@@ -1,0 +1,64 @@
+"""Which task, and which class of settings, the key ``task`` of a configuration names.
+
+A new task is one more entry here. Entries import what they name when they are asked for, so that
+nobody pays for a task that is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2vit import config
+from l2vit.errors import ConfigError
+from l2vit.train.config import TrainConfig
+from l2vit.train.task import Task
+
+DEFAULT = "classify"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The settings of a task, and what makes the task from them."""
+
+    settings: type[TrainConfig]
+    make: Callable[[Any], Task[Any]]
+
+
+def _classify() -> Kind:
+    from l2vit.train.classification import Classification
+
+    return Kind(TrainConfig, Classification)
+
+
+_KINDS: dict[str, Callable[[], Kind]] = {DEFAULT: _classify}
+
+
+def kind(name: str) -> Kind:
+    """The task called ``name``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _KINDS:
+        raise ConfigError(f"task: {name!r} is not one of {', '.join(sorted(_KINDS))}")
+    return _KINDS[name]()
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a configuration file as the settings of the task it names.
+
+    Raises:
+        ConfigError: names the file, the key and what it should be.
+    """
+    tree = config.read_tree(Path(path))
+    for override in overrides:
+        if override.startswith("task="):
+            tree["task"] = override.partition("=")[2]
+    try:
+        found = kind(str(tree.get("task", DEFAULT)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config.load(found.settings, path, overrides)
