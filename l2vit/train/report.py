@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2vit import files
+from l2vit import charts, files
 from l2vit.data.bad_samples import LOG_NAME, recorded
 from l2vit.errors import UserError
 from l2vit.train.metrics import JSONL, Metrics, clock, read
 
 NAME = "report.html"
-_WIDTH, _HEIGHT = 560, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 14, 30
-_COLORS = ("#1f6f8b", "#c8553d", "#588157", "#8e6c8a", "#b08900", "#3d405b")
 _TITLES = {
     "loss": "training loss (nats)",
     "learning_rate": "learning rate",
@@ -28,14 +25,19 @@ _TITLES = {
     "memory_gib": "memory of rank 0 (GiB)",
     "checkpoint_seconds": "seconds to write a checkpoint",
 }
-_STYLE = (
-    "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;"
-    "color:#222}figure{display:inline-block;margin:.4rem}figcaption{font-weight:600}"
-    "table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}"
-)
-
-Series = Sequence[tuple[float, float]]
+_PER_SET = {
+    "/top1_percent": "top-1 accuracy (%)",
+    "/top5_percent": "top-5 accuracy (%)",
+    "/loss": "evaluation loss (nats)",
+}
+_STYLE = f"""{charts.STYLE}
+:root{{color-scheme:light dark}}
+body{{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem}}
+svg.chart{{margin:.6rem}}
+table{{border-collapse:collapse;margin-bottom:1rem}}
+td{{padding:.2rem .8rem;border-bottom:1px solid #8884;text-align:right}}
+td:first-child{{text-align:left}}
+"""
 
 
 def finish(run: Path, metrics: Metrics, *, main: bool, done: bool) -> None:
@@ -77,10 +79,10 @@ def summary(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         if value is not None:
             rows.append((f"last {key}", text.format(value)))
     for key in sorted({key for record in records for key in record if key.endswith("_percent")}):
-        if "/top" in key:
-            best = max(points(records, key), key=lambda point: point[1])
-            last = _last(records, key)
-            rows.append((key, f"{last:.3f} (best {best[1]:.3f} at step {best[0]:,.0f})"))
+        if "/top" in key and (measured := points(records, key)):
+            step, best = max(measured, key=lambda point: point[1])
+            last = measured[-1][1]
+            rows.append((key, f"{last:.3f} (best {best:.3f} at step {step:,.0f})"))
     return rows
 
 
@@ -106,94 +108,25 @@ def page(title: str, records: Sequence[dict[str, Any]], *, done: bool) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
         for name, text in summary(records)
     )
-    keys = {key for record in records for key in record}
-    figures = [
-        figure(label, {key: points(records, key)}) for key, label in _TITLES.items() if key in keys
-    ]
-    for ending, label in (
-        ("/top1_percent", "top-1 accuracy (%)"),
-        ("/top5_percent", "top-5 accuracy (%)"),
-        ("/loss", "evaluation loss (nats)"),
-    ):
-        names = sorted(key for key in keys if key.endswith(ending))
-        if names:
-            figures.append(
-                figure(label, {n.removesuffix(ending): points(records, n) for n in names})
-            )
-    clamped = sorted(key for key in keys if key.startswith("clamped_percent/"))
-    if clamped:
-        lines = {key.partition("/")[2]: points(records, key) for key in clamped}
-        figures.append(figure("denominators below the clamp (%), by layer", lines))
     state = "finished" if done else "not finished"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>This run is {state}.</p>"
-        f"<table>{rows}</table>{''.join(figures)}</html>\n"
+        f"<table>{rows}</table>{''.join(_charts(records))}</html>\n"
     )
 
 
-def figure(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
-    """One chart over steps as inline SVG."""
-    shown = {name: series for name, series in lines.items() if series}
-    every = [point for series in shown.values() for point in series]
-    if not every:
-        return ""
-    low_x, high_x = _range([x for x, _ in every])
-    low_y, high_y = _range([y for _, y in every])
-    wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-
-    def place(point: tuple[float, float]) -> str:
-        x = _LEFT + wide * (point[0] - low_x) / (high_x - low_x)
-        y = _TOP + high * (high_y - point[1]) / (high_y - low_y)
-        return f"{x:.1f},{y:.1f}"
-
-    parts = []
-    for value in ticks(low_y, high_y):
-        y = _TOP + high * (high_y - value) / (high_y - low_y)
-        parts.append(f'<path d="M{_LEFT} {y:.1f}h{wide}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for step in ticks(low_x, high_x):
-        x = _LEFT + wide * (step - low_x) / (high_x - low_x)
-        parts.append(
-            f'<text x="{x:.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{step:,.0f}</text>'
+def _charts(records: Sequence[dict[str, Any]]) -> list[str]:
+    keys = {key for record in records for key in record}
+    drawn = [(_TITLES[key], {key: points(records, key)}) for key in _TITLES if key in keys]
+    for ending, title in _PER_SET.items():
+        names = sorted(key for key in keys if key.endswith(ending))
+        drawn.append((title, {n.removesuffix(ending): points(records, n) for n in names}))
+    layers = sorted(key for key in keys if key.startswith("clamped_percent/"))
+    drawn.append(
+        (
+            "denominators below the clamp (%), by layer",
+            {key.partition("/")[2]: points(records, key) for key in layers},
         )
-    for i, (name, series) in enumerate(shown.items()):
-        color = _COLORS[i % len(_COLORS)]
-        path = " ".join(place(point) for point in thin(series))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        if len(series) == 1:
-            across, down = place(series[0]).split(",")
-            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{color}"/>')
-        if len(shown) > 1:
-            parts.append(
-                f'<text x="{_WIDTH - _RIGHT - 4}" y="{_TOP + 14 * (i + 1)}" fill="{color}"'
-                f' text-anchor="end">{html.escape(name)}</text>'
-            )
-    return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>"
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" font-size="11" fill="#555">{"".join(parts)}'
-        "</svg></figure>"
     )
-
-
-def thin(series: Series, most: int = 1200) -> list[tuple[float, float]]:
-    """At most about ``most`` points, evenly taken, the last one kept."""
-    every = max(1, math.ceil(len(series) / most))
-    kept = list(series[::every])
-    if kept[-1] != series[-1]:
-        kept.append(series[-1])
-    return kept
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to ten round numbers (multiples of 1, 2 or 5 times a power of ten) in [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = max(m * power for m in (1, 2, 5) if m * power <= (high - low) / 4)
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [step * k for k in range(first, last + 1)]
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    margin = (high - low) * 0.04 or abs(low) * 0.05 or 1.0
-    return low - margin, high + margin
+    return [charts.line_chart(title, series) for title, series in drawn]
