@@ -28,7 +28,7 @@ from l2vit.data.order import SampleOrder, Share
 from l2vit.data.plan import TrainPlan
 from l2vit.data.shards import ShardReader
 from l2vit.train import checkpoint, preflight
-from l2vit.train.checkpoint import CheckpointMeta, Part, Piece, Reader
+from l2vit.train.checkpoint import CheckpointMeta, Part, Reader, TensorSlice
 from l2vit.train.preflight import Facts
 
 SHARD_SAMPLES = 9_700
@@ -184,14 +184,14 @@ def simulate_checkpoint(parameters: int, ranks: int, folder: Path) -> dict[str, 
 
 def _pieces(
     first: int, last: int, numel: int, shape: tuple[int, int]
-) -> list[tuple[Piece, torch.Tensor]]:
+) -> list[tuple[TensorSlice, torch.Tensor]]:
     found = []
     for number in range(first // numel, -(-last // numel)):
         start = max(first - number * numel, 0)
         length = min(last - number * numel, numel) - start
         values = torch.arange(start, start + length, dtype=torch.float32)
         for kind in ("param", "moment1", "moment2"):
-            found.append((Piece(f"{kind}/w{number}", shape, start, length), values))
+            found.append((TensorSlice(f"{kind}/w{number}", shape, start, length), values))
     return found
 
 

@@ -18,8 +18,8 @@ from l2vit.data.batch import Batch
 from l2vit.data.manifest import MANIFEST_NAME, Manifest, class_hash
 from l2vit.data.shards import ShardReader
 from l2vit.errors import UserError
-from l2vit.train.evaluator import class_columns
-from l2vit.train.sources import Preprocessing, Source, imagenet_classes
+from l2vit.train.evaluation import class_columns
+from l2vit.train.weights import Preprocessing, PretrainedWeights, imagenet_classes
 
 LABEL_SETS = ("data", "real", "imagenet-v2", "imagenet-a", "imagenet-r")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -62,7 +62,7 @@ def transform(preprocessing: Preprocessing) -> Any:
     )
 
 
-def open_dataset(path: Path, source: Source, label_set: str = "data") -> Dataset:
+def open_dataset(path: Path, source: PretrainedWeights, label_set: str = "data") -> Dataset:
     """Find out what ``path`` holds and how its labels map to the model's outputs.
 
     Args:
@@ -88,7 +88,7 @@ def open_dataset(path: Path, source: Source, label_set: str = "data") -> Dataset
     return dataset
 
 
-def _outputs(source: Source) -> tuple[tuple[str, ...], str]:
+def _outputs(source: PretrainedWeights) -> tuple[tuple[str, ...], str]:
     if source.classes:
         return source.classes, ""
     count = source.num_classes
@@ -99,7 +99,9 @@ def _outputs(source: Source) -> tuple[tuple[str, ...], str]:
     )
 
 
-def _shards(path: Path, outputs: tuple[str, ...], source: Source, label_set: str) -> Dataset:
+def _shards(
+    path: Path, outputs: tuple[str, ...], source: PretrainedWeights, label_set: str
+) -> Dataset:
     manifest = Manifest.load(path)
     manifest.require_shards(path)
     if not outputs and len(manifest.classes) == source.num_classes:

@@ -24,11 +24,10 @@ from finetune.scores import Scores
 from l2vit import cli, files
 from l2vit.data.loaders import eval_loader
 from l2vit.errors import ConfigError
-from l2vit.train import sources
 from l2vit.train.distributed import World
-from l2vit.train.evaluate import evaluate as tally
-from l2vit.train.sources import Preprocessing, Source
+from l2vit.train.evaluation import evaluate as tally
 from l2vit.train.transfer import padding_warnings
+from l2vit.train.weights import Preprocessing, PretrainedWeights, read_pretrained
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -208,7 +207,7 @@ def _run(options: argparse.Namespace) -> None:
     for path in filter(None, (options.json, options.picture, options.predictions)):
         if not path.parent.is_dir():
             raise ConfigError(f"no directory {path.parent} to write {path.name} into")
-    source = sources.read(
+    source = read_pretrained(
         options.model,
         weights=options.weights,
         model=options.name,
@@ -237,7 +236,7 @@ def _run(options: argparse.Namespace) -> None:
         files.write_text(options.predictions, _table(dataset, result.scores))
 
 
-def _preprocessing(options: argparse.Namespace, source: Source) -> Preprocessing:
+def _preprocessing(options: argparse.Namespace, source: PretrainedWeights) -> Preprocessing:
     changed = {
         "input_size": options.input_size,
         "crop_fraction": options.crop_fraction,
@@ -247,7 +246,7 @@ def _preprocessing(options: argparse.Namespace, source: Source) -> Preprocessing
 
 
 def _notes(
-    source: Source, dataset: Dataset, preprocessing: Preprocessing, window: int
+    source: PretrainedWeights, dataset: Dataset, preprocessing: Preprocessing, window: int
 ) -> Iterator[str]:
     yield from (line for line in (source.note, dataset.assumption) if line)
     if dataset.columns is not None:
@@ -263,7 +262,9 @@ def _notes(
         yield from padding_warnings(source.model, preprocessing.input_size, window)
 
 
-def _print(source: Source, dataset: Dataset, preprocessing: Preprocessing, result: Result) -> None:
+def _print(
+    source: PretrainedWeights, dataset: Dataset, preprocessing: Preprocessing, result: Result
+) -> None:
     found = result.summary()
     print(f"model    {source.model} ({source.which}) from {source.path}")
     print(f"data     {dataset.path} at {preprocessing.input_size}x{preprocessing.input_size}")
@@ -278,13 +279,13 @@ def _print(source: Source, dataset: Dataset, preprocessing: Preprocessing, resul
     )
 
 
-def _names(source: Source) -> dict[str, str]:
+def _names(source: PretrainedWeights) -> dict[str, str]:
     return dict(zip(source.classes, source.class_names, strict=False))
 
 
 def _record(
     options: argparse.Namespace,
-    source: Source,
+    source: PretrainedWeights,
     dataset: Dataset,
     preprocessing: Preprocessing,
     result: Result,

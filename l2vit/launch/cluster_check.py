@@ -128,7 +128,7 @@ def _loading(config: TrainConfig, world: World, *, seconds: float = SECONDS) -> 
         rate = _loader_rate(config, world, seconds)
     except UserError as error:
         problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
     rates: dict[str, float] = {}
     for host, images in world.gather((socket.gethostname(), rate)):
         rates[host] = rates.get(host, 0.0) + images

@@ -19,7 +19,7 @@ from types import FrameType
 
 from l2vit import cli, console
 from l2vit.launch import command, processes, progress
-from l2vit.train.faults import STOPPED
+from l2vit.train.guards import STOPPED
 
 WRONG_CONFIGURATION = 2
 DEATH_GRACE = 60.0

@@ -20,7 +20,7 @@ from l2vit.train.batching import Split
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
-from l2vit.train.evaluator import Evaluator
+from l2vit.train.evaluation import Evaluator
 from l2vit.train.schedule import steps_of
 from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
 

@@ -74,7 +74,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def agree(self, error: UserError | None) -> None:
+    def raise_on_all_ranks(self, error: UserError | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for another.
 
         Raises:

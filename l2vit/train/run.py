@@ -23,20 +23,29 @@ from l2vit.config import dump, to_tree
 from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import batching, checkpoint, distributed, model, param_groups, preflight, vitals
+from l2vit.train import (
+    batching,
+    checkpoint,
+    distributed,
+    model,
+    param_groups,
+    preflight,
+    throughput,
+)
 from l2vit.train.checkpoint import CheckpointMeta, Reader
-from l2vit.train.clock import PhaseClock
 from l2vit.train.config import TrainConfig
+from l2vit.train.denominators import Denominators
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
-from l2vit.train.evaluator import Evaluator
-from l2vit.train.faults import MicroBatch, StopSignal
+from l2vit.train.evaluation import Evaluator
+from l2vit.train.guards import MicroBatch, StopSignal
 from l2vit.train.metrics import Metrics
 from l2vit.train.provenance import git_commit, versions
 from l2vit.train.resume import changed_settings, check_same_model, to_continue
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Schedule, interval_of, steps_of
 from l2vit.train.state import TrainState
+from l2vit.train.throughput import PhaseClock
 from l2vit.train.watchdog import Watchdog
 
 CONFIG_NAME = "config.yaml"
@@ -87,8 +96,8 @@ class Run:
     clock: PhaseClock
     watchdog: Watchdog
     stop: StopSignal
-    pace: vitals.Pace
-    denominators: vitals.Denominators
+    pace: throughput.Pace
+    denominators: Denominators
     micro: list[MicroBatch]
     """The micro-batches of the step under way."""
     began: float
@@ -183,7 +192,7 @@ def _prepare_directory(config: TrainConfig, world: World) -> Path:
             problem = UserError(f"run.dir: cannot write to {directory}: {error.strerror}")
         except UserError as error:
             problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
     return directory
 
 
@@ -243,7 +252,7 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
     metrics = Metrics(
         directory, main=world.main, total_steps=schedule.total, resumed_step=state.step
     )
-    peak = vitals.peak_tflops(config.log, world.device) * 1e12 * world.size
+    peak = throughput.peak_tflops(config.log, world.device) * 1e12 * world.size
     run = Run(
         config=config,
         world=world,
@@ -263,8 +272,8 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
         clock=clock,
         watchdog=Watchdog(clock, world=world, limit=config.faults.hang_seconds),
         stop=stop,
-        pace=vitals.Pace(clock, config.schedule.global_batch, flops, peak),
-        denominators=vitals.Denominators(engine.module, world=world),
+        pace=throughput.Pace(clock, config.schedule.global_batch, flops, peak),
+        denominators=Denominators(engine.module, world=world),
         micro=[],
         began=began,
         key_of=_namer(manifest),
@@ -285,7 +294,7 @@ def _load_manifest(config: TrainConfig, world: World) -> Manifest:
         manifest = Manifest.of_training(config.data)
     except UserError as error:
         problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
     assert manifest is not None
     return manifest
 
@@ -358,7 +367,7 @@ def _initialise(
             print(report.summary(), flush=True)
     except UserError as error:
         problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
 
 
 def _namer(manifest: Manifest) -> Any:

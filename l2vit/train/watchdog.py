@@ -21,8 +21,8 @@ from types import FrameType
 import torch.distributed as dist
 
 from l2vit import console
-from l2vit.train.clock import PhaseClock, Place
 from l2vit.train.distributed import World
+from l2vit.train.throughput import PhaseClock, Place
 
 EXIT_STATUS = 1
 _ANSWER = datetime.timedelta(seconds=5)

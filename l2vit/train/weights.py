@@ -1,8 +1,8 @@
 """Weights with all one needs to use them, from any place this project knows.
 
 A run directory, one checkpoint in it, a directory exported for timm and a file released by the
-authors of a supported network all become the same `Source`. Transfer, evaluation and export read
-through here, so a new kind of file is one new function.
+authors of a supported network all become the same `PretrainedWeights`. Transfer, evaluation and
+export read through here, so a new kind of file is one new function.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Source:
+class PretrainedWeights:
     """A network's weights, how to build it, what its outputs mean, how to feed it."""
 
     path: Path
@@ -152,14 +152,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def read(
+def read_pretrained(
     path: Path | str,
     *,
     weights: checkpoint.Weights = "auto",
     model: str = "",
     window_size: int = 0,
     input_size: int = 0,
-) -> Source:
+) -> PretrainedWeights:
     """Read weights from a run, a checkpoint, an exported directory or a released file.
 
     Args:
@@ -185,7 +185,7 @@ def read(
     return read_checkpoint(path, weights)
 
 
-def read_checkpoint(path: Path, weights: checkpoint.Weights = "auto") -> Source:
+def read_checkpoint(path: Path, weights: checkpoint.Weights = "auto") -> PretrainedWeights:
     """A training checkpoint, or the newest complete one of a run (any world size, any stage)."""
     found = checkpoint.find(path)
     try:
@@ -197,13 +197,13 @@ def read_checkpoint(path: Path, weights: checkpoint.Weights = "auto") -> Source:
         return _read_checkpoint(newer, weights)  # the run went on and removed the older one
 
 
-def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> Source:
+def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> PretrainedWeights:
     meta = checkpoint.read_meta(found)
     which = weights if weights != "auto" else "ema" if meta.has_ema else "raw"
     if class_hash(meta.classes) != meta.class_hash:
         raise UserError(f"{found}: recorded class_hash disagrees with its list of classes")
     config = meta.config
-    return Source(
+    return PretrainedWeights(
         path=found,
         kind="checkpoint",
         model=config["model"]["name"],
@@ -251,7 +251,7 @@ def _accepted(model: Mapping[str, Any], input_size: int) -> dict[str, Any]:
             raise UserError(f"model {model['name']}: {error}") from None
 
 
-def read_timm(path: Path) -> Source:
+def read_timm(path: Path) -> PretrainedWeights:
     """A directory as ``finetune.export_timm`` (or timm itself) writes it."""
     import safetensors.torch
 
@@ -273,7 +273,7 @@ def read_timm(path: Path) -> Source:
     weights = path / TIMM_WEIGHTS
     if not weights.is_file():
         raise UserError(f"{path} holds no {TIMM_WEIGHTS}; export it again")
-    return Source(
+    return PretrainedWeights(
         path=path,
         kind="timm",
         model=name,
@@ -294,7 +294,7 @@ def read_released(
     weights: checkpoint.Weights = "auto",
     window_size: int = 0,
     input_size: int = 0,
-) -> Source:
+) -> PretrainedWeights:
     """A file released by a network's authors: THE place that chooses a converter.
 
     Without ``model`` it is an L2ViT file, whose variant its shapes tell.
@@ -326,14 +326,14 @@ def _released(
     weights: dict[str, Tensor],
     which: str,
     note: str,
-) -> Source:
+) -> PretrainedWeights:
     """A released file, to be evaluated as its authors do (timm's pretrained_cfg says how)."""
     registered: Any = timm.get_pretrained_cfg(model)
     size = arguments.get("img_size", registered.input_size[-1])
     crop = (registered.crop_pct, registered.crop_mode)
     if model not in VARIANTS and size >= _SQUASHED_FROM:
         crop = (1.0, "squash")
-    source = Source(
+    source = PretrainedWeights(
         path=path,
         kind="released",
         model=model,
@@ -348,7 +348,7 @@ def _released(
     return _with_imagenet_classes(source)
 
 
-def _with_imagenet_classes(source: Source) -> Source:
+def _with_imagenet_classes(source: PretrainedWeights) -> PretrainedWeights:
     """Name the outputs of a released file, which does not: ImageNet's wnids, sorted."""
     count = source.num_classes
     classes = imagenet_classes(count)
