@@ -22,6 +22,7 @@ from finetune import datasets, pictures
 from finetune.datasets import Dataset
 from finetune.scores import Scores
 from l2vit import cli, files
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
 from l2vit.data.loaders import eval_loader
 from l2vit.errors import ConfigError
 from l2vit.train.distributed import World
@@ -119,18 +120,10 @@ def _loader(dataset: Dataset, preprocessing: Preprocessing, setting: Setting) ->
             device=setting.device,
         )
     return eval_loader(
-        dataset.path,
-        backend=setting.backend,
-        input_size=preprocessing.input_size,
-        crop_fraction=preprocessing.crop_fraction,
-        crop_mode=preprocessing.crop_mode,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        threads=setting.threads,
-        prefetch=2,
-        rank=0,
-        world=1,
-        batch=setting.batch,
+        EvalSetConfig(str(dataset.path), preprocessing.input_size, preprocessing.crop_fraction),
+        DataConfig(backend=setting.backend, threads=setting.threads),  # type: ignore[arg-type]
+        EvalConfig(batch=setting.batch, crop_mode=preprocessing.crop_mode),
+        AugmentConfig(mean=preprocessing.mean, std=preprocessing.std),
         device=setting.device,
     )
 

@@ -23,13 +23,13 @@ from finetune import datasets, formats, model_card, sample_images, verification
 from finetune.evaluate import Setting, default_device, evaluate_model
 from finetune.sample_images import Sample
 from l2vit import cli, files
+from l2vit.data import labels
 from l2vit.errors import ConfigError, UserError
 from l2vit.train.transfer import padding_warnings
 from l2vit.train.weights import (
     TIMM_CONFIG,
     TIMM_WEIGHTS,
     PretrainedWeights,
-    describe_classes,
     read_pretrained,
 )
 
@@ -131,7 +131,7 @@ def _adjusted(source: PretrainedWeights, options: argparse.Namespace) -> Pretrai
         source,
         model_args=arguments,
         preprocessing=replace(source.preprocessing, **changed),
-        class_names=source.class_names or describe_classes(source.classes),
+        class_names=source.class_names or labels.known_names(source.classes),
     )
 
 

@@ -26,6 +26,7 @@ from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.loaders import train_loader
 from l2vit.data.manifest import Manifest
 from l2vit.data.mixing import Mixer
+from l2vit.data.order import Split, mix_group
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
 
@@ -68,11 +69,9 @@ def first_batch(
         data,
         augment,
         manifest=manifest,
-        seed=seed,
+        split=Split(images, global_batch // images, 1),
         rank=0,
-        world=1,
-        micro_batch=images,
-        global_batch=global_batch,
+        seed=seed,
         device=torch.device("cpu"),
         images_seen=images_seen,
     )
@@ -161,9 +160,7 @@ def shown(settings: TrainConfig, wanted: int) -> int:
     Raises:
         ConfigError: none do.
     """
-    whole, group = settings.schedule.global_batch, settings.augment.mix_group
-    mixes = settings.augment.mixup or settings.augment.cutmix
-    group = group if mixes else 1
+    whole, group = settings.schedule.global_batch, mix_group(settings.augment)
     fit = [n for n in range(group, min(max(wanted, group), whole) + 1, group) if whole % n == 0]
     if wanted < 1 or not fit:
         raise ConfigError(f"--images: cannot show {wanted} of a step of {whole} images")

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from l2vit.data.order import Split
 from l2vit.errors import ConfigError
 from l2vit.train import zero
-from l2vit.train.batching import Split
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.ema import Ema

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from l2vit.data.batch import Batch
+from l2vit.data.config import EvalSetConfig
 from l2vit.data.manifest import Manifest
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
@@ -113,9 +113,9 @@ class Evaluator:
         self._world, self._beat = world, beat
         self._sets: list[_Set] = []
         if config.data.val:
-            self._add(config, manifest, "val", config.data.val, 0, 0.0)
+            self._add(config, manifest, "val", EvalSetConfig(config.data.val))
         for name, extra in config.eval.extra.items():
-            self._add(config, manifest, name, extra.data, extra.input_size, extra.crop_fraction)
+            self._add(config, manifest, name, extra)
 
     def run(self, engine: Engine) -> dict[str, float]:
         """Measure every set with the raw weights and, where there is one, with the average.
@@ -165,25 +165,18 @@ class Evaluator:
         return beating
 
     def _add(
-        self, config: TrainConfig, manifest: Manifest, name: str, path: str, size: int, crop: float
+        self, config: TrainConfig, manifest: Manifest, name: str, dataset: EvalSetConfig
     ) -> None:
         from l2vit.data.loaders import eval_loader
 
         loader = eval_loader(
-            Path(path),
-            backend=config.data.backend,
-            input_size=size or config.data.input_size,
-            crop_fraction=crop or config.eval.crop_fraction,
-            crop_mode=config.eval.crop_mode,
-            mean=config.augment.mean,
-            std=config.augment.std,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
+            dataset,
+            config.data,
+            config.eval,
+            config.augment,
             rank=self._world.rank,
             world=self._world.size,
-            batch=config.eval.batch,
             device=self._world.device,
-            hw_decoder_load=config.data.hw_decoder_load,
         )
         columns = class_columns(manifest.classes, loader.manifest.classes, name)
         if columns is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import l2vit  # noqa: F401  registers our models with timm
 from l2vit import files
+from l2vit.data import labels
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
 from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
@@ -34,7 +35,6 @@ TIMM_CONFIG = "config.json"
 TIMM_WEIGHTS = "model.safetensors"
 _SQUASHED_FROM = 384
 """L2ViT is evaluated on the whole picture squashed at this size, on a centre crop below."""
-_IMAGENET_LISTS = {1000: "imagenet-1k", 21841: "imagenet-22k"}
 
 
 @dataclass(frozen=True)
@@ -351,37 +351,18 @@ def _released(
 def _with_imagenet_classes(source: PretrainedWeights) -> PretrainedWeights:
     """Name the outputs of a released file, which does not: ImageNet's wnids, sorted."""
     count = source.num_classes
-    classes = imagenet_classes(count)
+    classes = labels.usual_classes(count)
     if not classes:
         note = f"the file does not name its {count} classes"
     else:
-        note = f"its {count} outputs are taken to be {_IMAGENET_LISTS[count]}'s sorted wnids"
+        name = "imagenet-1k" if count == 1000 else "imagenet-22k"
+        note = f"its {count} outputs are taken to be {name}'s sorted wnids"
     return replace(
         source,
         classes=classes,
-        class_names=describe_classes(classes),
+        class_names=labels.known_names(classes),
         note="; ".join(filter(None, [source.note, note])),
     )
-
-
-def imagenet_classes(count: int) -> tuple[str, ...]:
-    """wnids in the usual (sorted) order for heads of 1,000 or 21,841 rows; else empty."""
-    if count not in _IMAGENET_LISTS:
-        return ()
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo(_IMAGENET_LISTS[count]).label_names())
-
-
-def describe_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Readable names by timm's table where every class is a wnid it knows; else empty."""
-    from timm.data import ImageNetInfo
-
-    known = ImageNetInfo("imagenet-22k")
-    try:
-        return tuple(known.label_name_to_description(wnid) for wnid in classes)
-    except KeyError:
-        return ()
 
 
 def no_grad_logits(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:

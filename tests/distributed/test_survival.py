@@ -9,6 +9,8 @@ import torch
 from forked_ranks import Ranks
 from small_runs import losses, records, settings, train
 
+from l2vit.data.manifest import Manifest
+from l2vit.data.shards import ShardReader
 from l2vit.train import checkpoint, guards, watchdog
 from l2vit.train.checkpoint import Reader
 
@@ -80,7 +82,10 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(in_gradient, shards, 
     assert {entry["step"] for entry in named} == {6, 7}
     if not in_gradient:
         assert {entry["rank"] for entry in named} == {1}
-    assert all("shard-" in key for entry in named for key in entry["keys"])
+    reader = ShardReader(shards / "train", Manifest.load(shards / "train"))
+    for entry in named:
+        assert entry["keys"] == [reader.key_of(i) for i in entry["sample_ids"]]
+        assert not any("#" in key for key in entry["keys"]), "what an index cannot name"
 
 
 def schedule_rate(i, peak=5e-3, lowest=1e-6, warmup=4, total=8):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from l2vit.data.batch import Batch
+from l2vit.data.config import EvalSetConfig
 from l2vit.errors import ConfigError, UserError
 from l2vit.train import distributed, guards, metrics, model, report, throughput, watchdog
 from l2vit.train.config import (
-    EvalSetConfig,
     FaultsConfig,
     LogConfig,
     ModelConfig,
