@@ -229,6 +229,8 @@ def eval_loader(
         UserError: no finished shard directory, or (while iterating) an image that cannot be used:
             an evaluation is exact or fails.
     """
+    dataset.validate()
+    evaluation.validate()
     directory = Path(dataset.data)
     input_size = dataset.input_size or data.input_size
     crop_fraction = dataset.crop_fraction or evaluation.crop_fraction

@@ -116,7 +116,7 @@ def _forward_backward(run: Run) -> torch.Tensor:
 
 def _pictures(run: Run, images: torch.Tensor) -> Any:
     """The first pictures of the micro-batch, mixed, as one (H, W, 3) array of bytes."""
-    from l2vit.data.preview import contact_sheet, to_bytes
+    from l2vit.data.contact_sheet import contact_sheet, to_bytes
 
     augment = run.config.augment
     return contact_sheet(to_bytes(images[:32], augment.mean, augment.std))

@@ -485,7 +485,7 @@ def test_evaluations_that_cannot_be_are_refused_when_a_run_begins(shards, backen
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(shards):
-    with pytest.raises(ConfigError, match=r"16 is not a multiple of 3 ranks"):
+    with pytest.raises(ConfigError, match=r"16 cannot be divided over 3 ranks"):
         make_train(shards, "host", world=3, micro=1)
     with pytest.raises(UserError, match="not a multiple of the global batch"):
         make_train(shards, "host", seen=8)

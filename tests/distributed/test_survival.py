@@ -291,7 +291,7 @@ def test_a_spike_rolls_back_and_skips_its_samples(shards, tmp_path):
     from PIL import Image
 
     with Image.open(run / guards.SPIKES / "step-00000027.png") as sheet:
-        assert sheet.size == (4 * 16, 4 * 16)
+        assert sheet.size == (8 * 16, 2 * 16), "16 pictures in rows of 8"
     listed = json.loads((run / guards.SPIKES / "step-00000027.json").read_text())
     assert len(listed["sample_ids_by_rank"]) == 2
 
