@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(argv)
     config = configuration.load(TrainConfig, options.config, options.overrides)
-    world = distributed.start(distributed.from_environment())
+    world = distributed.start(distributed.from_environment(), run=config.run.dir)
     try:
         facts = collect(config, world)
         problems = differences(facts)

@@ -152,6 +152,7 @@ def open_run(config: TrainConfig) -> Iterator[Run | None]:
     world = distributed.start(
         distributed.from_environment(),
         timeout_seconds=max(1800.0, 4 * config.faults.hang_seconds),
+        run=config.run.dir,
     )
     with contextlib.ExitStack() as ending:  # each is closed whatever became of the one before
         ending.callback(distributed.stop)
