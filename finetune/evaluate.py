@@ -1,6 +1,6 @@
 """Exact accuracy of a run, a checkpoint or an exported model on shards or class folders.
 
-`python -m finetune.evaluate --model PATH --data SHARDS [--input-size N] [--json FILE]`
+`python -m finetune evaluate --model PATH --data SHARDS [--input-size N] [--json FILE]`
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from l2vit.train.evaluation import evaluate as tally
 from l2vit.train.transfer import padding_warnings
 from l2vit.train.weights import Preprocessing, PretrainedWeights, read_pretrained
 
+_NAME = "finetune evaluate"
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -161,18 +162,14 @@ class _Timed:
         return logits
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program(_NAME)
+def main(argv: Sequence[str]) -> None:
     """The program; returns its exit status."""
-    options = _parser().parse_args(arguments)
-    return cli.run(lambda: _run(options), program="finetune.evaluate")
+    _run(cli.parse(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m finetune evaluate", __doc__)
     add = parser.add_argument
     add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
     add("--data", required=True, type=Path, help="shard directory, or a folder per class")
@@ -217,7 +214,7 @@ def _run(options: argparse.Namespace) -> None:
         chosen_device(options.device),
     )
     for line in _notes(source, dataset, preprocessing, options.window_size):
-        print(f"finetune.evaluate: note: {line}", file=sys.stderr)
+        print(f"{_NAME}: note: {line}", file=sys.stderr)
     model = source.build(window_size=options.window_size, input_size=options.input_size)
     result = evaluate_model(model.to(setting.device), dataset, preprocessing, setting)
     _print(source, dataset, preprocessing, result)

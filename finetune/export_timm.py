@@ -1,6 +1,6 @@
 """Turn a trained model into a directory timm loads, with proof that it is the same model.
 
-`python -m finetune.export_timm --checkpoint PATH --out DIR`
+`python -m finetune export --checkpoint PATH --out DIR`
 """
 
 from __future__ import annotations
@@ -33,24 +33,21 @@ from l2vit.train.weights import (
     read_pretrained,
 )
 
+_NAME = "finetune export"
 CERTIFICATE = "certificate.json"
 _FORMAT = 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program(_NAME)
+def main(argv: Sequence[str]) -> None:
     """The program; returns its exit status."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(given)
-    options.command = shlex.join(["python", "-m", "finetune.export_timm", *given])
-    return cli.run(lambda: _run(options), program="finetune.export_timm")
+    options = cli.parse(_parser(), argv)
+    options.command = shlex.join(["python", "-m", "finetune", "export", *argv])
+    _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune.export_timm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m finetune export", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="run, checkpoint or released file")
     add("--out", required=True, type=Path, help="directory to make")
@@ -82,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     source = _adjusted(source, options)
     for line in _notes(source):
-        print(f"finetune.export_timm: note: {line}", file=sys.stderr)
+        print(f"{_NAME}: note: {line}", file=sys.stderr)
     samples, origin = proof_samples(source, options.images, options.proof_images)
     out: Path = options.out.absolute()
     temporary = out.with_name(out.name + files.TEMPORARY_SUFFIX)

@@ -1,6 +1,6 @@
 """Look at a trained model: Grad-CAM, attention maps of every layer, clamped denominators.
 
-`python -m finetune.look --model DIR --images PATH [--out DIR]`
+`python -m finetune look --model DIR --images PATH [--out DIR]`
 """
 
 from __future__ import annotations
@@ -28,18 +28,14 @@ _SHOWN_TOKENS = 128
 _LAYERS_A_ROW = 6
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program("finetune look")
+def main(argv: Sequence[str]) -> None:
     """The program; returns its exit status."""
-    options = _parser().parse_args(arguments)
-    return cli.run(lambda: _run(options), program="finetune.look")
+    _run(cli.parse(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune.look",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m finetune look", __doc__)
     add = parser.add_argument
     add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
     add("--images", type=Path, help="shards, a folder or a picture; default: two photographs")

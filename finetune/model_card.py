@@ -238,5 +238,5 @@ def _changed(source: PretrainedWeights) -> str:
 
 def _commands(about: dict[str, Any], command: str, out: Path) -> str:
     lines = [f"    {about['command']}"] if about.get("command") else []
-    lines += [f"    {command}", f"    python -m finetune.evaluate --model {out} --data SHARDS"]
+    lines += [f"    {command}", f"    python -m finetune evaluate --model {out} --data SHARDS"]
     return "\n".join(lines)

@@ -6,7 +6,6 @@ its targets, in one HTML file.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import dataclasses
 import html
@@ -151,22 +150,21 @@ def shown(settings: TrainConfig, wanted: int) -> int:
     return fit[-1]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program("pretrain preview")
+def main(argv: Sequence[str]) -> None:
     """Write the page the arguments ask for."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain preview", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="a training configuration")
+    parser = cli.parser("python -m pretrain preview", __doc__)
+    cli.add_config(parser)
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--images", type=int, default=16, help="pictures to show")
     parser.add_argument("--images-seen", type=int, default=0, help="which step of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    options = parser.parse_args(arguments)
+    options = cli.parse(parser, argv)
     settings = config.load(TrainConfig, options.config, options.overrides)
     images = shown(settings, options.images)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(options.out, page(settings, images=images, images_seen=options.images_seen))
     print(f"wrote {options.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, program="preview"))
+    sys.exit(main())

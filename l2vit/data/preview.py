@@ -2,8 +2,7 @@
 
 import sys
 
-from l2vit import cli
 from pretrain.preview import main
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, program="preview"))
+    sys.exit(main())
