@@ -176,10 +176,9 @@ def run_digits(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@cli.program("data_prep")
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = cli.parser("python -m data_prep", __doc__)
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_build, _add_verify, _add_report, _add_digits):
         add(commands)

@@ -21,7 +21,7 @@ _INTERVAL = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def parallel_map(
+def each(
     function: Callable[[Any, Any], Any], context: Any, tasks: Sequence[Any], workers: int
 ) -> Iterator[tuple[Any, Any]]:
     """Yield ``(task, function(context, task))`` as tasks finish, in any order.
@@ -36,12 +36,12 @@ def parallel_map(
             yield task, function(context, task)
         return
     waiting = iter(tasks)
-    running: list[_Worker] = []
+    crew: list[_Worker] = []
     try:
         for task in _some(waiting, workers):
-            running.append(_Worker(function, context))
-            running[-1].give(task)
-        while busy := {worker.pipe: worker for worker in running if worker.task}:
+            crew.append(_Worker(function, context))
+            crew[-1].give(task)
+        while busy := {worker.pipe: worker for worker in crew if worker.task}:
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
                 finished = worker.take()
@@ -49,7 +49,7 @@ def parallel_map(
                     worker.give(task)
                 yield finished
     finally:
-        for worker in running:
+        for worker in crew:
             worker.end()
 
 
@@ -80,12 +80,12 @@ class _Worker:
 
     def give(self, task: Any) -> None:
         self.task = (task,)
-        with _raise_if_killed():
+        with _told_of_death():
             self.pipe.send(self.task)
 
     def take(self) -> tuple[Any, Any]:
         """The task and its result; raises its error."""
-        with _raise_if_killed():
+        with _told_of_death():
             result, error = self.pipe.recv()
         (task,), self.task = self.task, ()
         if error is not None:
@@ -103,7 +103,7 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _raise_if_killed() -> Iterator[None]:
+def _told_of_death() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError):

@@ -13,16 +13,14 @@ from torch import nn
 
 from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.batch import Batch
-from l2vit.data.contact_sheet import to_bytes
 from l2vit.data.manifest import Manifest
-from l2vit.data.order import Split, mix_group
-from l2vit.data.shards import ShardReader
 from l2vit.errors import ConfigError
 from l2vit.train import model
+from l2vit.train.batching import Split
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
-from l2vit.train.evaluation import Evaluator
+from l2vit.train.evaluator import Evaluator
 from l2vit.train.schedule import steps_of
 from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
 
@@ -50,7 +48,8 @@ class Classification:
             provenance={"dataset": manifest.dataset, **manifest.provenance},
             where=config.data.train,
         )
-        self.batch_multiple = mix_group(config.augment)
+        augment = config.augment
+        self.batch_multiple = augment.mix_group if augment.mixup or augment.cutmix else 1
         self._mix_off_steps = 0
 
     def network(self) -> nn.Module:
@@ -92,9 +91,11 @@ class Classification:
             config.data,
             config.augment,
             manifest=self._manifest,
-            split=split,
-            rank=world.rank,
             seed=config.run.seed,
+            rank=world.rank,
+            world=world.size,
+            micro_batch=split.micro_batch,
+            global_batch=config.schedule.global_batch,
             device=world.device,
             images_seen=images_seen,
             bad_samples_log=directory / LOG_NAME,
@@ -128,9 +129,15 @@ class Classification:
 
     def pictures(self, images: torch.Tensor) -> np.ndarray:
         """The images with the normalisation undone."""
+        from l2vit.data.preview import to_bytes
+
         return to_bytes(images, self._config.augment.mean, self._config.augment.std)
 
     def sample_keys(self, sample_ids: Sequence[int]) -> list[str]:
-        """The keys of samples, as ``bad_samples.jsonl`` names them."""
-        reader = ShardReader(Path(self._config.data.train), self._manifest)
-        return [reader.key_of(sample) for sample in sample_ids]
+        """``SHARD#PLACE`` of each sample."""
+        firsts = self._manifest.first_ids
+        keys = []
+        for sample in sample_ids:
+            shard = int(np.searchsorted(firsts, sample, side="right")) - 1
+            keys.append(f"{self._manifest.shards[shard].name}#{sample - int(firsts[shard])}")
+        return keys
