@@ -33,7 +33,7 @@ if not __package__:  # run as a file: its own name would hide the package it mea
 from data_prep.build import build
 from data_prep.options import Options
 from data_prep.plan import make_plan
-from data_prep.records import RECORD, Part, Workspace, key_hash
+from data_prep.records import RECORD, UnitResult, Workspace, key_hash
 from data_prep.sources import Unit
 
 FALL11_IMAGES = 14_197_122
@@ -168,8 +168,8 @@ def _conclude(results: dict[str, float], arguments: argparse.Namespace) -> None:
     )
 
 
-def synthetic_parts(workspace: Workspace, samples: int, classes: int) -> list[Unit]:
-    """Part files as pass 1 would leave them, for a listing nobody has to download."""
+def synthetic_results(workspace: Workspace, samples: int, classes: int) -> list[Unit]:
+    """Result files as pass 1 would leave them, for a listing nobody has to download."""
     rng = np.random.default_rng(0)
     counts = np.diff(np.linspace(0, samples, classes + 1).astype(int))
     units = []
@@ -186,7 +186,9 @@ def synthetic_parts(workspace: Workspace, samples: int, classes: int) -> list[Un
         records["text_size"] = lengths
         records["text_offset"] = np.cumsum(lengths) - lengths
         records["unit"], records["row"], records["label"] = number, np.arange(count), number
-        Part(records, b"".join(texts), [], count, {"jpeg": count}).save(workspace.part(number))
+        UnitResult(records, b"".join(texts), [], count, {"jpeg": count}).save(
+            workspace.unit_result(number)
+        )
         units.append(Unit(number, "tar", "none", "none", f"n{number:08d}"))
     return units
 
@@ -197,7 +199,7 @@ def run_shuffle(arguments: argparse.Namespace) -> None:
         workspace = Workspace(Path(scratch))
         workspace.create()
         start = time.monotonic()
-        units = synthetic_parts(workspace, arguments.samples, arguments.classes)
+        units = synthetic_results(workspace, arguments.samples, arguments.classes)
         print(f"synthetic listing: {time.monotonic() - start:.0f} s", flush=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         options = Options(

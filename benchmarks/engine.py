@@ -45,13 +45,14 @@ def settings(options: argparse.Namespace, world: int, run: str = "") -> Any:
 
 def make_engine(options: argparse.Namespace, world: Any) -> Any:
     """An engine and its configuration."""
-    from l2vit.train import batching, model
+    from l2vit.data.order import split
+    from l2vit.train import model
     from l2vit.train.engine import Engine
 
     config = settings(options, world.size)
     network = model.create(config, classes=1000)
-    split = batching.split(config.schedule.global_batch, world=world.size)
-    return Engine(network, config, world=world, split=split)
+    shares = split(config.schedule.global_batch, world=world.size)
+    return Engine(network, config, world=world, split=shares)
 
 
 def batch(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:

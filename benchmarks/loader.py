@@ -67,16 +67,15 @@ def ours(backend: str, shards: Path, options: argparse.Namespace) -> Iterator[in
     from l2vit.data.config import AugmentConfig, DataConfig
     from l2vit.data.loaders import train_loader
     from l2vit.data.manifest import Manifest
+    from l2vit.data.order import Split
 
     loader = train_loader(
         DataConfig(train=str(shards), backend=backend, threads=options.threads, input_size=SIZE),  # type: ignore[arg-type]
         AugmentConfig(auto_augment=RAND),
         manifest=Manifest.load(shards),
-        seed=0,
+        split=Split(options.batch, 1, 1),
         rank=0,
-        world=1,
-        micro_batch=options.batch,
-        global_batch=options.batch,
+        seed=0,
         device=torch.device(options.device),
     )
     for batch in loader:

@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from l2vit.data.manifest import Manifest, Shard
-from l2vit.data.order import SampleOrder, Share
+from l2vit.data.order import SampleOrder, Share, split
 from l2vit.data.plan import TrainPlan
 from l2vit.data.shards import ShardReader
 from l2vit.train import checkpoint, preflight
-from l2vit.train.checkpoint import CheckpointMeta, Part, Piece, Reader
+from l2vit.train.checkpoint import CheckpointMeta, Part, Reader, TensorSlice
 from l2vit.train.preflight import Facts
 
 SHARD_SAMPLES = 9_700
@@ -76,7 +76,7 @@ def simulate_order(manifest: Manifest, ranks: int, batch: int, chunk: int) -> di
     whole_epoch = time.perf_counter() - began
     seen = np.bincount(ids, minlength=manifest.samples)
     micro = batch // ranks
-    shares = [Share(rank, ranks, micro, batch) for rank in range(ranks)]
+    shares = [Share(rank, split(batch, world=ranks, micro_batch=micro)) for rank in range(ranks)]
     places = np.concatenate([s.places(a) for s in shares for a in range(s.accumulation)])
     plan = TrainPlan(order, shares[-1], images_seen=batch * (order.steps_per_epoch // 2))
     began = time.perf_counter()
@@ -104,7 +104,7 @@ def simulate_reading(
     window = min(order.steps_per_epoch, order.chunk)
     at_once, in_all = [], []
     for rank in np.linspace(0, ranks - 1, MEASURED_RANKS).astype(int):
-        places = Share(int(rank), ranks, micro, batch).places(0)
+        places = Share(int(rank), split(batch, world=ranks, micro_batch=micro)).places(0)
         steps = np.arange(order.steps_per_epoch)[:, None] * batch
         ids = order.ids_at(0, (steps + places).ravel()).reshape(-1, micro)
         shards = np.searchsorted(firsts, ids, side="right") - 1
@@ -116,7 +116,7 @@ def simulate_reading(
 
     def look() -> None:
         for shard in range(opened):
-            reader.key(int(firsts[shard]))
+            reader.key_of(int(firsts[shard]))
 
     _, _, mebibytes = measured(look)
     return {
@@ -184,14 +184,14 @@ def simulate_checkpoint(parameters: int, ranks: int, folder: Path) -> dict[str, 
 
 def _pieces(
     first: int, last: int, numel: int, shape: tuple[int, int]
-) -> list[tuple[Piece, torch.Tensor]]:
+) -> list[tuple[TensorSlice, torch.Tensor]]:
     found = []
     for number in range(first // numel, -(-last // numel)):
         start = max(first - number * numel, 0)
         length = min(last - number * numel, numel) - start
         values = torch.arange(start, start + length, dtype=torch.float32)
         for kind in ("param", "moment1", "moment2"):
-            found.append((Piece(f"{kind}/w{number}", shape, start, length), values))
+            found.append((TensorSlice(f"{kind}/w{number}", shape, start, length), values))
     return found
 
 

@@ -176,9 +176,10 @@ def run_digits(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@cli.program("data_prep")
+def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    parser = cli.parser("python -m data_prep", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_build, _add_verify, _add_report, _add_digits):
         add(commands)

@@ -18,10 +18,10 @@ import numpy as np
 from data_prep.gather import gather
 from data_prep.options import Options
 from data_prep.plan import FATES, Plan, load_plan, make_plan
-from data_prep.pool import Progress, each
-from data_prep.records import Part, Workspace
-from data_prep.scan import Scan, scan_unit
-from data_prep.shards import Writing, write_info, write_shard
+from data_prep.pool import Progress, parallel_map
+from data_prep.records import UnitResult, Workspace
+from data_prep.scan import ScanContext, scan_unit
+from data_prep.shards import WriteContext, write_info, write_shard
 from data_prep.sources import Unit, list_units, load_units, renumbered, save_units
 from l2vit import files
 from l2vit.data import labels
@@ -63,7 +63,7 @@ def build(options: Options) -> dict[str, Manifest]:
             print("planning the shuffle ...", flush=True)
             plan = make_plan(options, workspace, units, classes)
         if options.gather:
-            writing = Writing(options, workspace, tuple(units), "", options.out)
+            writing = WriteContext(options, workspace, tuple(units), "", options.out)
             gather(writing, list(directories), options.workers)
         for split, path in directories.items():
             write_split(options, workspace, units, split, path, plan.shards[split])
@@ -194,12 +194,12 @@ def check_images(
     options: Options, workspace: Workspace, units: list[Unit], classes: tuple[str, ...]
 ) -> None:
     """Pass 1 over the units that have no part yet."""
-    left = [unit for unit in units if not workspace.part(unit.number).exists()]
+    left = [unit for unit in units if not workspace.unit_result(unit.number).exists()]
     if len(left) < len(units):
         print(f"{len(units) - len(left):,} units were checked before", flush=True)
-    scan = Scan(options, workspace, {name: row for row, name in enumerate(classes)})
+    scan = ScanContext(options, workspace, {name: row for row, name in enumerate(classes)})
     progress = Progress("check", sum(unit.size for unit in left))
-    for unit, seen in each(scan_unit, scan, left, options.workers):
+    for unit, seen in parallel_map(scan_unit, scan, left, options.workers):
         progress.add(unit.size, seen)
     progress.finish()
 
@@ -218,9 +218,9 @@ def write_split(
     left = [n for n in range(shards) if not _finished(workspace, split, n, directory)]
     if len(left) < shards:
         print(f"{shards - len(left):,} {split} shards were written before", flush=True)
-    writing = Writing(options, workspace, tuple(units), split, directory)
+    writing = WriteContext(options, workspace, tuple(units), split, directory)
     progress = Progress(f"write {split}", int(sum(bounds[n + 1] - bounds[n] for n in left)))
-    for _, samples in each(write_shard, writing, left, options.workers):
+    for _, samples in parallel_map(write_shard, writing, left, options.workers):
         progress.add(samples, samples)
     progress.finish()
 
@@ -283,7 +283,7 @@ def _write_thumbnails(workspace: Workspace, units: list[Unit]) -> None:
         return
     found: dict[str, list[dict[str, Any]]] = {}
     for unit in units:
-        for event in Part.load(workspace.part(unit.number)).events:
+        for event in UnitResult.load(workspace.unit_result(unit.number)).events:
             shelf = found.setdefault(f"{event['kind']}: {event['reason']}", [])
             if event.get("thumbnail") and len(shelf) < _THUMBNAILS:
                 shelf.append({name: event[name] for name in ("member", "detail", "thumbnail")})
@@ -315,7 +315,7 @@ def _write_events(
 def _events(workspace: Workspace, units: list[Unit], fates: np.ndarray) -> Iterator[dict[str, Any]]:
     start = 0
     for unit in units:
-        part = Part.load(workspace.part(unit.number))
+        part = UnitResult.load(workspace.unit_result(unit.number))
         for event in part.events:
             row = event.pop("row")
             event.pop("thumbnail", None)

@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Good:
+class CleanImage:
     """An image fit to be written."""
 
     data: bytes
@@ -57,7 +57,7 @@ class Good:
     """What was wrong; empty where the bytes passed through untouched."""
 
 
-def clean(data: bytes, rules: Rules) -> Good:
+def clean(data: bytes, rules: Rules) -> CleanImage:
     """Decide about one member's bytes.
 
     Raises:
@@ -163,7 +163,7 @@ def _orientation(tiff: bytes) -> int:
     return 1
 
 
-def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> Good:
+def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> CleanImage:
     head = _jpeg_header(data)
     _check_size(head.width, head.height, rules)
     if head.sof == 0xC2 and data.count(b"\xff\xda") > _MAX_SCANS:
@@ -176,7 +176,7 @@ def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> Good:
         repairs.append("trailing-bytes")
     if set(repairs) - {"gzip", "trailing-bytes"} or rules.format != "jpeg":
         return _reencode(data, "jpeg", rules, repairs)
-    return Good(data, head.width, head.height, "jpeg", _hash(small, rules), tuple(repairs))
+    return CleanImage(data, head.width, head.height, "jpeg", _hash(small, rules), tuple(repairs))
 
 
 def _jpeg_faults(head: _Header, rules: Rules) -> list[str]:
@@ -223,7 +223,7 @@ def _check_size(width: int, height: int, rules: Rules) -> None:
         raise Refused("too-small", f"{width}x{height}: a side is under {rules.min_side}")
 
 
-def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> Good:
+def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> CleanImage:
     """Decode with PIL, bring to plain upright 8-bit RGB, and encode anew."""
     try:
         with warnings.catch_warnings():
@@ -250,7 +250,7 @@ def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> Good:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         if "resized" not in repairs:
             repairs.append("resized")
-    return Good(
+    return CleanImage(
         _encode(image, form, rules),
         image.width,
         image.height,

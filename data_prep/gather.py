@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep.pool import Progress, each
+from data_prep.pool import Progress, parallel_map
 from data_prep.records import RECORD
-from data_prep.shards import SourceFiles, Writing, read_texts, read_window, windows
+from data_prep.shards import SourceFiles, WriteContext, read_texts, read_window, windows
 from l2vit import files
 from l2vit.errors import UserError
 
@@ -23,7 +23,7 @@ PLACE = np.dtype([("split", "i1"), ("shard", "<u4"), ("offset", "<u8")])
 _TASK_BYTES = 2 << 30
 
 
-def gather(writing: Writing, splits: Sequence[str], workers: int) -> None:
+def gather(writing: WriteContext, splits: Sequence[str], workers: int) -> None:
     """Fill the shard files of all splits; continues where a killed call stopped.
 
     Raises:
@@ -38,17 +38,17 @@ def gather(writing: Writing, splits: Sequence[str], workers: int) -> None:
     left = [task for task in tasks if not workspace.done("gather", task[0]).exists()]
     progress = Progress("gather", sum(unit.size for unit in writing.units))
     job = _Job(writing, tuple(splits))
-    for task, images in each(_gather, job, left, workers):
+    for task, images in parallel_map(_gather, job, left, workers):
         progress.add(sum(writing.units[n].size for n in range(*task)), images)
     progress.finish()
 
 
 class _Job:
-    def __init__(self, writing: Writing, splits: tuple[str, ...]) -> None:
+    def __init__(self, writing: WriteContext, splits: tuple[str, ...]) -> None:
         self.writing, self.splits = writing, splits
 
 
-def _places(writing: Writing, splits: Sequence[str]) -> np.ndarray:
+def _places(writing: WriteContext, splits: Sequence[str]) -> np.ndarray:
     """PLACE (good images,) in unit order: which shard file each goes to, and where in it."""
     workspace = writing.workspace
     units = np.memmap(workspace.records, RECORD, "r")["unit"]
@@ -70,7 +70,7 @@ def _places(writing: Writing, splits: Sequence[str]) -> np.ndarray:
     return places
 
 
-def _tasks(writing: Writing) -> Iterator[tuple[int, int]]:
+def _tasks(writing: WriteContext) -> Iterator[tuple[int, int]]:
     """Runs of units of about 2 GiB: (first, one past the last)."""
     start, size = 0, 0
     for unit in writing.units:

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.exclude import Guard, exact_matches, load_guard, near_matches
 from data_prep.options import Options
-from data_prep.records import RECORD, Part, Workspace, key_hash
+from data_prep.records import RECORD, UnitResult, Workspace, key_hash
 from data_prep.shards import END, sample_bytes
 from data_prep.sources import Unit
 from l2vit import files
@@ -64,7 +64,7 @@ class Catalogue:
         return key, name
 
 
-def merge_parts(
+def merge_results(
     workspace: Workspace, units: list[Unit], *, hashes: bool = False
 ) -> tuple[Catalogue, int, dict[str, int]]:
     """Join the parts of all units; ``hashes`` also those of repaired images' source bytes.
@@ -79,7 +79,7 @@ def merge_parts(
         files.atomic_writer(workspace.records) as rows,
     ):
         for unit in units:
-            part = Part.load(workspace.part(unit.number))
+            part = UnitResult.load(workspace.unit_result(unit.number))
             part.records["text_offset"] += np.uint64(place)
             for event in part.events:
                 if hashes and event["row"] >= 0:
@@ -199,7 +199,7 @@ def make_plan(
     Raises:
         UserError: nothing is left to write, or a part that was asked for would be empty.
     """
-    catalogue, seen, forms = merge_parts(workspace, units, hashes=bool(options.exclude))
+    catalogue, seen, forms = merge_results(workspace, units, hashes=bool(options.exclude))
     records = catalogue.records
     order = np.argsort(records["rank"], kind="stable")
     catalogue = _with_unique_keys(catalogue, order, workspace)

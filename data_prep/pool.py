@@ -21,7 +21,7 @@ _INTERVAL = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def each(
+def parallel_map(
     function: Callable[[Any, Any], Any], context: Any, tasks: Sequence[Any], workers: int
 ) -> Iterator[tuple[Any, Any]]:
     """Yield ``(task, function(context, task))`` as tasks finish, in any order.
@@ -36,12 +36,12 @@ def each(
             yield task, function(context, task)
         return
     waiting = iter(tasks)
-    crew: list[_Worker] = []
+    running: list[_Worker] = []
     try:
         for task in _some(waiting, workers):
-            crew.append(_Worker(function, context))
-            crew[-1].give(task)
-        while busy := {worker.pipe: worker for worker in crew if worker.task}:
+            running.append(_Worker(function, context))
+            running[-1].give(task)
+        while busy := {worker.pipe: worker for worker in running if worker.task}:
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
                 finished = worker.take()
@@ -49,7 +49,7 @@ def each(
                     worker.give(task)
                 yield finished
     finally:
-        for worker in crew:
+        for worker in running:
             worker.end()
 
 
@@ -80,12 +80,12 @@ class _Worker:
 
     def give(self, task: Any) -> None:
         self.task = (task,)
-        with _told_of_death():
+        with _raise_if_killed():
             self.pipe.send(self.task)
 
     def take(self) -> tuple[Any, Any]:
         """The task and its result; raises its error."""
-        with _told_of_death():
+        with _raise_if_killed():
             result, error = self.pipe.recv()
         (task,), self.task = self.task, ()
         if error is not None:
@@ -103,7 +103,7 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _told_of_death() -> Iterator[None]:
+def _raise_if_killed() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError):

@@ -48,7 +48,7 @@ def key_hash(seed: int, purpose: str, key: str) -> int:
 
 
 @dataclass
-class Part:
+class UnitResult:
     """What pass 1 found in one unit."""
 
     records: np.ndarray
@@ -60,7 +60,7 @@ class Part:
     forms: dict[str, int]
 
     def save(self, path: Path) -> None:
-        """Write the part, complete or absent."""
+        """Write the result, complete or absent."""
         extra = {"events": self.events, "seen": self.seen, "forms": self.forms}
         with files.atomic_writer(path) as stream:
             np.savez(
@@ -71,7 +71,7 @@ class Part:
             )
 
     @classmethod
-    def load(cls, path: Path) -> Part:
+    def load(cls, path: Path) -> UnitResult:
         """Read what :meth:`save` wrote."""
         try:
             with np.load(path, allow_pickle=False) as content:
@@ -87,7 +87,7 @@ class Workspace:
 
     root: Path
 
-    def part(self, unit: int) -> Path:
+    def unit_result(self, unit: int) -> Path:
         return self.root / "parts" / f"{unit:06d}.npz"
 
     def spool(self, unit: int) -> Path:

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep.archives import Damaged
-from data_prep.clean import Good, Refused, clean
+from data_prep.clean import CleanImage, Refused, clean
 from data_prep.options import Options
-from data_prep.records import FORMS, RECORD, REPAIRED, SPOOLED, Part, Workspace, key_hash
+from data_prep.records import FORMS, RECORD, REPAIRED, SPOOLED, UnitResult, Workspace, key_hash
 from data_prep.sources import Raw, Unit, read_unit
 from l2vit import files
 
@@ -31,7 +31,7 @@ _THUMBNAILS = 3  # per reason and unit
 
 
 @dataclass(frozen=True)
-class Scan:
+class ScanContext:
     """What every worker of pass 1 needs to know."""
 
     options: Options
@@ -54,15 +54,15 @@ def sample_key(class_id: str, member: str) -> str:
     return stem
 
 
-def scan_unit(scan: Scan, unit: Unit) -> int:
-    """Clean one unit; its part file appears when everything about it is on disk.
+def scan_unit(scan: ScanContext, unit: Unit) -> int:
+    """Clean one unit; its result file appears when everything about it is on disk.
 
     Returns:
         Members seen.
     """
-    path = scan.workspace.part(unit.number)
+    path = scan.workspace.unit_result(unit.number)
     with contextlib.ExitStack() as stack:
-        writer = _PartWriter(scan, unit, stack)
+        writer = _UnitScanner(scan, unit, stack)
         try:
             for raw in read_unit(unit, scan.options.rules.max_bytes):
                 writer.take(raw)
@@ -72,13 +72,13 @@ def scan_unit(scan: Scan, unit: Unit) -> int:
             # One bad class archive inside a sound outer one must not stop the other 21,840.
             whole = Raw("", unit.offset, unit.size, unit.class_id)
             writer.refuse(whole, "damaged-archive", str(error))
-    part = writer.part()
+    part = writer.result()
     part.save(path)
     return part.seen
 
 
-class _PartWriter:
-    def __init__(self, scan: Scan, unit: Unit, stack: contextlib.ExitStack) -> None:
+class _UnitScanner:
+    def __init__(self, scan: ScanContext, unit: Unit, stack: contextlib.ExitStack) -> None:
         self.scan, self.unit, self._stack = scan, unit, stack
         self._spool: BinaryIO | None = None
         self.rows: list[tuple[int, ...]] = []
@@ -108,7 +108,7 @@ class _PartWriter:
         """Note that a member is left out."""
         self._event("rejected", raw, [reason], detail)
 
-    def _keep(self, raw: Raw, good: Good) -> None:
+    def _keep(self, raw: Raw, good: CleanImage) -> None:
         key = sample_key(raw.class_id, raw.name)
         digest = hashlib.sha256(good.data).digest()
         flags = offset = 0
@@ -171,8 +171,8 @@ class _PartWriter:
             event["thumbnail"] = thumbnail(raw.data)
         self.events.append(event)
 
-    def part(self) -> Part:
-        return Part(
+    def result(self) -> UnitResult:
+        return UnitResult(
             np.array(self.rows, dtype=RECORD),
             b"".join(self.text),
             self.events,

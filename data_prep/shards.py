@@ -81,7 +81,7 @@ class SourceFiles:
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteContext:
     """What every worker of pass 2 needs to know."""
 
     options: Options
@@ -100,7 +100,7 @@ def shard_records(workspace: Workspace, split: str, shard: int) -> np.ndarray:
     return np.array(order[bounds[shard] : bounds[shard + 1]])
 
 
-def write_shard(writing: Writing, shard: int) -> int:
+def write_shard(writing: WriteContext, shard: int) -> int:
     """Write shard ``shard`` and its index, complete or absent.
 
     Returns:
@@ -119,7 +119,7 @@ def write_shard(writing: Writing, shard: int) -> int:
 
 
 def write_records(
-    writing: Writing, records: np.ndarray, tar: Path, copy: Path | None = None
+    writing: WriteContext, records: np.ndarray, tar: Path, copy: Path | None = None
 ) -> Shard:
     """Write ``records`` to ``tar``; its index, its samples' checksums and labels beside it.
 
@@ -215,7 +215,7 @@ def windows(records: np.ndarray) -> Iterator[slice]:
         start = stop
 
 
-def read_texts(writing: Writing, window: np.ndarray) -> list[tuple[str, str]]:
+def read_texts(writing: WriteContext, window: np.ndarray) -> list[tuple[str, str]]:
     """(key, member name) of each record."""
     texts = []
     with writing.workspace.text.open("rb") as names:
@@ -228,7 +228,7 @@ def read_texts(writing: Writing, window: np.ndarray) -> list[tuple[str, str]]:
 
 
 def read_window(
-    writing: Writing,
+    writing: WriteContext,
     sources: SourceFiles,
     window: np.ndarray,
     texts: list[tuple[str, str]],

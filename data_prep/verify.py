@@ -13,9 +13,9 @@ import numpy as np
 from data_prep.archives import Damaged, members, open_window
 from data_prep.clean import Refused, clean
 from data_prep.options import Options, Rules
-from data_prep.pool import Progress, each
+from data_prep.pool import Progress, parallel_map
 from data_prep.records import Workspace
-from data_prep.shards import Writing, shard_records, write_info, write_records
+from data_prep.shards import WriteContext, shard_records, write_info, write_records
 from data_prep.sources import list_units, load_units
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
@@ -24,7 +24,7 @@ from l2vit.errors import UserError
 
 
 @dataclass(frozen=True)
-class Checking:
+class VerifyContext:
     """What every worker of a verification needs to know."""
 
     directory: Path
@@ -52,11 +52,13 @@ def verify(directory: Path, *, decode: float, workers: int) -> tuple[Manifest, l
         shard −1).
     """
     manifest = Manifest.load(directory)
-    checking = Checking(directory, manifest, decode)
+    checking = VerifyContext(directory, manifest, decode)
     progress = Progress("verify", manifest.samples)
     counts = np.zeros(len(manifest.classes), np.int64)
     bad = []
-    for number, finding in each(check_shard, checking, range(len(manifest.shards)), workers):
+    for number, finding in parallel_map(
+        check_shard, checking, range(len(manifest.shards)), workers
+    ):
         samples = manifest.shards[number].samples
         progress.add(samples, samples)
         counts += finding.label_counts
@@ -96,7 +98,7 @@ def repair(directory: Path, manifest: Manifest, findings: list[Finding]) -> list
     units, _ = load_units(workspace)
     if any(str(workspace.root / "staged") in unit.path for unit in units):
         list_units(options, workspace)  # unpacks gzip sources again
-    writing = Writing(options, workspace, tuple(units), manifest.split, directory, again=True)
+    writing = WriteContext(options, workspace, tuple(units), manifest.split, directory, again=True)
     left = []
     for finding in findings:
         if finding.shard < 0:
@@ -105,13 +107,13 @@ def repair(directory: Path, manifest: Manifest, findings: list[Finding]) -> list
             continue
         _rebuild(writing, manifest.shards[finding.shard], finding.shard)
         print(f"rebuilt {directory / manifest.shards[finding.shard].name}", flush=True)
-        again = check_shard(Checking(directory, manifest, decode=0.0), finding.shard)
+        again = check_shard(VerifyContext(directory, manifest, decode=0.0), finding.shard)
         left += [again] if again.problem else []
     shutil.rmtree(workspace.root / "staged", ignore_errors=True)
     return left
 
 
-def _rebuild(writing: Writing, shard: Shard, number: int) -> None:
+def _rebuild(writing: WriteContext, shard: Shard, number: int) -> None:
     folder = writing.workspace.root / "repair"
     folder.mkdir(exist_ok=True)
     records = shard_records(writing.workspace, writing.split, number)
@@ -125,7 +127,7 @@ def _rebuild(writing: Writing, shard: Shard, number: int) -> None:
     shutil.rmtree(folder)
 
 
-def check_shard(checking: Checking, number: int) -> Finding:
+def check_shard(checking: VerifyContext, number: int) -> Finding:
     """Check one shard."""
     shard = checking.manifest.shards[number]
     counts = np.zeros(len(checking.manifest.classes), np.int64)
@@ -140,7 +142,7 @@ def check_shard(checking: Checking, number: int) -> Finding:
     return Finding(number, "", counts)
 
 
-def _problem(checking: Checking, shard: Shard, counts: np.ndarray) -> str:
+def _problem(checking: VerifyContext, shard: Shard, counts: np.ndarray) -> str:
     tar, index = checking.directory / shard.name, checking.directory / shard.index_name
     sums, kept = tar.with_suffix(CHECKSUM_SUFFIX), tar.with_suffix(LABELS_SUFFIX)
     for path in (tar, index, sums, kept):

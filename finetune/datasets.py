@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from l2vit.data import labels
 from l2vit.data.batch import Batch
 from l2vit.data.manifest import MANIFEST_NAME, Manifest, class_hash
 from l2vit.data.shards import ShardReader
 from l2vit.errors import UserError
-from l2vit.train.evaluator import class_columns
-from l2vit.train.sources import Preprocessing, Source, imagenet_classes
+from l2vit.train.evaluation import class_columns
+from l2vit.train.weights import Preprocessing, PretrainedWeights
 
 LABEL_SETS = ("data", "real", "imagenet-v2", "imagenet-a", "imagenet-r")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -62,7 +61,7 @@ def transform(preprocessing: Preprocessing) -> Any:
     )
 
 
-def open_dataset(path: Path, source: Source, label_set: str = "data") -> Dataset:
+def open_dataset(path: Path, source: PretrainedWeights, label_set: str = "data") -> Dataset:
     """Find out what ``path`` holds and how its labels map to the model's outputs.
 
     Args:
@@ -88,18 +87,20 @@ def open_dataset(path: Path, source: Source, label_set: str = "data") -> Dataset
     return dataset
 
 
-def _outputs(source: Source) -> tuple[tuple[str, ...], str]:
+def _outputs(source: PretrainedWeights) -> tuple[tuple[str, ...], str]:
     if source.classes:
         return source.classes, ""
     count = source.num_classes
-    return imagenet_classes(count), (
+    return labels.usual_classes(count), (
         f"{source.path} does not name its {count} classes: taken to be ImageNet's in sorted order"
-        if imagenet_classes(count)
+        if labels.usual_classes(count)
         else f"{source.path} does not name its {count} classes: taken to be the data's"
     )
 
 
-def _shards(path: Path, outputs: tuple[str, ...], source: Source, label_set: str) -> Dataset:
+def _shards(
+    path: Path, outputs: tuple[str, ...], source: PretrainedWeights, label_set: str
+) -> Dataset:
     manifest = Manifest.load(path)
     manifest.require_shards(path)
     if not outputs and len(manifest.classes) == source.num_classes:
@@ -108,11 +109,11 @@ def _shards(path: Path, outputs: tuple[str, ...], source: Source, label_set: str
     if class_hash(outputs) != manifest.class_hash:
         columns = _columns(manifest.classes, outputs, str(path))
     if label_set in ("imagenet-a", "imagenet-r"):
-        table = timm_table(label_set)
+        table = labels.evaluation_classes(label_set)
         if set(manifest.classes) != set(table):
             raise UserError(f"{path} does not hold the 200 classes of {label_set}")
     reader = ShardReader(path, manifest)
-    names = [reader.key(number) for number in range(manifest.samples)]
+    names = [reader.key_of(number) for number in range(manifest.samples)]
     return Dataset(path, manifest.classes, columns, names, identity=manifest.hash)
 
 
@@ -121,22 +122,13 @@ def _columns(classes: Sequence[str], outputs: Sequence[str], name: str) -> tuple
     return tuple(range(len(outputs))) if columns is None else tuple(columns.tolist())
 
 
-def timm_table(label_set: str) -> tuple[str, ...]:
-    """wnids of ImageNet-A or -R, from timm's own list."""
-    name = label_set.replace("-", "_")
-    data = pkgutil.get_data("timm.data", f"_info/{name}_synsets.txt")
-    if data is None:
-        raise UserError(f"this timm has no table for {label_set}; update timm")
-    return tuple(data.decode().split())
-
-
 def _folders(path: Path, outputs: tuple[str, ...], label_set: str) -> Dataset:
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise UserError(f"{path} holds neither {MANIFEST_NAME} nor a folder per class")
     classes, columns = outputs or tuple(p.name for p in folders), None
     if label_set in ("imagenet-a", "imagenet-r"):
-        classes = timm_table(label_set)
+        classes = labels.evaluation_classes(label_set)
         columns = _columns(classes, outputs, label_set)
     place = {name: i for i, name in enumerate(classes)}
     images = []
@@ -155,7 +147,7 @@ def _folders(path: Path, outputs: tuple[str, ...], label_set: str) -> Dataset:
 def _class_of(folder: Path, label_set: str) -> str:
     if label_set != "imagenet-v2":
         return folder.name
-    table = imagenet_classes(1000)
+    table = labels.usual_classes(1000)
     if not folder.name.isdecimal() or int(folder.name) >= len(table):
         raise UserError(f"{folder}: ImageNet-V2 names its folders 0 to 999")
     return table[int(folder.name)]
@@ -163,12 +155,9 @@ def _class_of(folder: Path, label_set: str) -> str:
 
 def _real_labels(dataset: Dataset) -> dict[int, frozenset[int]]:
     """ReaL's answers ("Are we done with ImageNet?") for each of our images, in our rows."""
-    data = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-    if data is None:
-        raise UserError("this timm has no ReaL labels; update timm")
-    table = json.loads(data)
+    table = labels.real_labels()
     row = {name: i for i, name in enumerate(dataset.classes)}
-    rows = [row.get(wnid, -1) for wnid in imagenet_classes(1000)]
+    rows = [row.get(wnid, -1) for wnid in labels.usual_classes(1000)]
     accepted = {}
     for i, name in enumerate(dataset.names):
         match = _REAL_NAME.search(name)
@@ -208,10 +197,10 @@ class FolderLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pictures, labels, ids in self._loader:
+        for pictures, answers, ids in self._loader:
             pictures = pictures.to(self._device, memory_format=torch.channels_last)
             numbers = np.array(ids, dtype=np.int64)
-            yield Batch(pictures, labels.to(self._device), numbers, numbers, 0)
+            yield Batch(pictures, answers.to(self._device), numbers, numbers, 0)
 
     def close(self) -> None:
         """Nothing is held between iterations."""

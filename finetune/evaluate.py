@@ -1,6 +1,6 @@
 """Exact accuracy of a run, a checkpoint or an exported model on shards or class folders.
 
-`python -m finetune.evaluate --model PATH --data SHARDS [--input-size N] [--json FILE]`
+`python -m finetune evaluate --model PATH --data SHARDS [--input-size N] [--json FILE]`
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from finetune import datasets, pictures
 from finetune.datasets import Dataset
 from finetune.scores import Scores
 from l2vit import cli, files
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
 from l2vit.data.loaders import eval_loader
 from l2vit.errors import ConfigError
-from l2vit.train import sources
 from l2vit.train.distributed import World
-from l2vit.train.evaluate import evaluate as tally
-from l2vit.train.sources import Preprocessing, Source
+from l2vit.train.evaluation import evaluate as tally
 from l2vit.train.transfer import padding_warnings
+from l2vit.train.weights import Preprocessing, PretrainedWeights, read_pretrained
 
+_NAME = "finetune evaluate"
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,18 +121,10 @@ def _loader(dataset: Dataset, preprocessing: Preprocessing, setting: Setting) ->
             device=setting.device,
         )
     return eval_loader(
-        dataset.path,
-        backend=setting.backend,
-        input_size=preprocessing.input_size,
-        crop_fraction=preprocessing.crop_fraction,
-        crop_mode=preprocessing.crop_mode,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        threads=setting.threads,
-        prefetch=2,
-        rank=0,
-        world=1,
-        batch=setting.batch,
+        EvalSetConfig(str(dataset.path), preprocessing.input_size, preprocessing.crop_fraction),
+        DataConfig(backend=setting.backend, threads=setting.threads),  # type: ignore[arg-type]
+        EvalConfig(batch=setting.batch, crop_mode=preprocessing.crop_mode),
+        AugmentConfig(mean=preprocessing.mean, std=preprocessing.std),
         device=setting.device,
     )
 
@@ -169,18 +162,14 @@ class _Timed:
         return logits
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program(_NAME)
+def main(argv: Sequence[str]) -> None:
     """The program; returns its exit status."""
-    options = _parser().parse_args(arguments)
-    return cli.run(lambda: _run(options), program="finetune.evaluate")
+    _run(cli.parse(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m finetune evaluate", __doc__)
     add = parser.add_argument
     add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
     add("--data", required=True, type=Path, help="shard directory, or a folder per class")
@@ -208,7 +197,7 @@ def _run(options: argparse.Namespace) -> None:
     for path in filter(None, (options.json, options.picture, options.predictions)):
         if not path.parent.is_dir():
             raise ConfigError(f"no directory {path.parent} to write {path.name} into")
-    source = sources.read(
+    source = read_pretrained(
         options.model,
         weights=options.weights,
         model=options.name,
@@ -225,7 +214,7 @@ def _run(options: argparse.Namespace) -> None:
         chosen_device(options.device),
     )
     for line in _notes(source, dataset, preprocessing, options.window_size):
-        print(f"finetune.evaluate: note: {line}", file=sys.stderr)
+        print(f"{_NAME}: note: {line}", file=sys.stderr)
     model = source.build(window_size=options.window_size, input_size=options.input_size)
     result = evaluate_model(model.to(setting.device), dataset, preprocessing, setting)
     _print(source, dataset, preprocessing, result)
@@ -237,7 +226,7 @@ def _run(options: argparse.Namespace) -> None:
         files.write_text(options.predictions, _table(dataset, result.scores))
 
 
-def _preprocessing(options: argparse.Namespace, source: Source) -> Preprocessing:
+def _preprocessing(options: argparse.Namespace, source: PretrainedWeights) -> Preprocessing:
     changed = {
         "input_size": options.input_size,
         "crop_fraction": options.crop_fraction,
@@ -247,7 +236,7 @@ def _preprocessing(options: argparse.Namespace, source: Source) -> Preprocessing
 
 
 def _notes(
-    source: Source, dataset: Dataset, preprocessing: Preprocessing, window: int
+    source: PretrainedWeights, dataset: Dataset, preprocessing: Preprocessing, window: int
 ) -> Iterator[str]:
     yield from (line for line in (source.note, dataset.assumption) if line)
     if dataset.columns is not None:
@@ -263,7 +252,9 @@ def _notes(
         yield from padding_warnings(source.model, preprocessing.input_size, window)
 
 
-def _print(source: Source, dataset: Dataset, preprocessing: Preprocessing, result: Result) -> None:
+def _print(
+    source: PretrainedWeights, dataset: Dataset, preprocessing: Preprocessing, result: Result
+) -> None:
     found = result.summary()
     print(f"model    {source.model} ({source.which}) from {source.path}")
     print(f"data     {dataset.path} at {preprocessing.input_size}x{preprocessing.input_size}")
@@ -278,13 +269,13 @@ def _print(source: Source, dataset: Dataset, preprocessing: Preprocessing, resul
     )
 
 
-def _names(source: Source) -> dict[str, str]:
+def _names(source: PretrainedWeights) -> dict[str, str]:
     return dict(zip(source.classes, source.class_names, strict=False))
 
 
 def _record(
     options: argparse.Namespace,
-    source: Source,
+    source: PretrainedWeights,
     dataset: Dataset,
     preprocessing: Preprocessing,
     result: Result,

@@ -1,6 +1,6 @@
 """Turn a trained model into a directory timm loads, with proof that it is the same model.
 
-`python -m finetune.export_timm --checkpoint PATH --out DIR`
+`python -m finetune export --checkpoint PATH --out DIR`
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ from finetune import datasets, formats, model_card, sample_images, verification
 from finetune.evaluate import Setting, default_device, evaluate_model
 from finetune.sample_images import Sample
 from l2vit import cli, files
+from l2vit.data import labels
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import sources
-from l2vit.train.sources import Source
 from l2vit.train.transfer import padding_warnings
+from l2vit.train.weights import (
+    TIMM_CONFIG,
+    TIMM_WEIGHTS,
+    PretrainedWeights,
+    read_pretrained,
+)
 
+_NAME = "finetune export"
 CERTIFICATE = "certificate.json"
 _FORMAT = 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program(_NAME)
+def main(argv: Sequence[str]) -> None:
     """The program; returns its exit status."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(given)
-    options.command = shlex.join(["python", "-m", "finetune.export_timm", *given])
-    return cli.run(lambda: _run(options), program="finetune.export_timm")
+    options = cli.parse(_parser(), argv)
+    options.command = shlex.join(["python", "-m", "finetune", "export", *argv])
+    _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune.export_timm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m finetune export", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="run, checkpoint or released file")
     add("--out", required=True, type=Path, help="directory to make")
@@ -68,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.window_size < 0 or options.input_size < 0 or options.proof_images < 0:
         raise ConfigError("--window-size, --input-size and --proof-images must not be negative")
     _require_free(options.out)
-    source = sources.read(
+    source = read_pretrained(
         options.checkpoint,
         weights=options.weights,
         model=options.model,
@@ -77,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     source = _adjusted(source, options)
     for line in _notes(source):
-        print(f"finetune.export_timm: note: {line}", file=sys.stderr)
+        print(f"{_NAME}: note: {line}", file=sys.stderr)
     samples, origin = proof_samples(source, options.images, options.proof_images)
     out: Path = options.out.absolute()
     temporary = out.with_name(out.name + files.TEMPORARY_SUFFIX)
@@ -109,7 +111,7 @@ def _replace(temporary: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _adjusted(source: Source, options: argparse.Namespace) -> Source:
+def _adjusted(source: PretrainedWeights, options: argparse.Namespace) -> PretrainedWeights:
     """The source with the window, size and crop the command line asks for."""
     arguments = dict(source.model_args)
     if options.window_size:
@@ -126,11 +128,11 @@ def _adjusted(source: Source, options: argparse.Namespace) -> Source:
         source,
         model_args=arguments,
         preprocessing=replace(source.preprocessing, **changed),
-        class_names=source.class_names or sources.describe_classes(source.classes),
+        class_names=source.class_names or labels.known_names(source.classes),
     )
 
 
-def _notes(source: Source) -> list[str]:
+def _notes(source: PretrainedWeights) -> list[str]:
     notes = [source.note] if source.note else []
     window = source.model_args.get("window_size")
     if window:
@@ -138,7 +140,9 @@ def _notes(source: Source) -> list[str]:
     return notes
 
 
-def proof_samples(source: Source, images: Path | None, count: int) -> tuple[list[Sample], str]:
+def proof_samples(
+    source: PretrainedWeights, images: Path | None, count: int
+) -> tuple[list[Sample], str]:
     """Pictures for the proof: ``images``, else the run's validation shards, else embedded ones.
 
     Returns:
@@ -155,7 +159,7 @@ def proof_samples(source: Source, images: Path | None, count: int) -> tuple[list
 
 def _fill(
     directory: Path,
-    source: Source,
+    source: PretrainedWeights,
     samples: list[Sample],
     origin: str,
     options: argparse.Namespace,
@@ -191,20 +195,20 @@ def _fill(
     _print(certificate)
 
 
-def write_model(directory: Path, source: Source, model: nn.Module) -> None:
+def write_model(directory: Path, source: PretrainedWeights, model: nn.Module) -> None:
     """Write ``model.safetensors`` and ``config.json`` of ``model`` (built from ``source``)."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt"}  # what timm and transformers look for
     data = safetensors.torch.save(tensors, metadata=metadata)
-    files.write_bytes(directory / sources.TIMM_WEIGHTS, data)
+    files.write_bytes(directory / TIMM_WEIGHTS, data)
     registered: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     features = int(model.num_features)  # type: ignore[arg-type]
     config = model_card.timm_config(source, features, registered)
-    files.write_json(directory / sources.TIMM_CONFIG, config)
+    files.write_json(directory / TIMM_CONFIG, config)
 
 
 def evaluate_both(
-    directory: Path, source: Source, trained: nn.Module, data: Path
+    directory: Path, source: PretrainedWeights, trained: nn.Module, data: Path
 ) -> dict[str, Any]:
     """Accuracy of the trained and of the exported model on every image of ``data``.
 

@@ -1,6 +1,6 @@
 """Look at a trained model: Grad-CAM, attention maps of every layer, clamped denominators.
 
-`python -m finetune.look --model DIR --images PATH [--out DIR]`
+`python -m finetune look --model DIR --images PATH [--out DIR]`
 """
 
 from __future__ import annotations
@@ -22,25 +22,20 @@ from finetune.maps import AttentionMap
 from finetune.sample_images import Sample
 from l2vit import cli, files
 from l2vit.errors import ConfigError
-from l2vit.train import sources
-from l2vit.train.sources import Preprocessing, Source
+from l2vit.train.weights import Preprocessing, PretrainedWeights, no_grad_logits, read_pretrained
 
 _SHOWN_TOKENS = 128
 _LAYERS_A_ROW = 6
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@cli.program("finetune look")
+def main(argv: Sequence[str]) -> None:
     """The program; returns its exit status."""
-    options = _parser().parse_args(arguments)
-    return cli.run(lambda: _run(options), program="finetune.look")
+    _run(cli.parse(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune.look",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m finetune look", __doc__)
     add = parser.add_argument
     add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
     add("--images", type=Path, help="shards, a folder or a picture; default: two photographs")
@@ -57,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.count < 1 or options.max_tokens < 1:
         raise ConfigError("--count and --max-tokens must be at least 1")
-    source = sources.read(options.model, weights=options.weights, model=options.name)
+    source = read_pretrained(options.model, weights=options.weights, model=options.name)
     samples = (
         sample_images.samples_at(options.images, options.count)
         if options.images
@@ -88,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"pictures and TensorBoard files in {options.out}")
 
 
-def _wanted(source: Source, name: str, count: int) -> Tensor:
+def _wanted(source: PretrainedWeights, name: str, count: int) -> Tensor:
     for names in (source.classes, source.class_names):
         if name in names:
             return torch.full((count,), names.index(name))
@@ -105,9 +100,9 @@ def _displayed(image: Tensor, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def _titles(
-    source: Source, model: nn.Module, images: Tensor, samples: Sequence[Sample]
+    source: PretrainedWeights, model: nn.Module, images: Tensor, samples: Sequence[Sample]
 ) -> list[str]:
-    chances = sources.no_grad_logits(model, images).softmax(1).max(1)
+    chances = no_grad_logits(model, images).softmax(1).max(1)
     names = source.class_names or source.classes
     titles = []
     for chance, row, sample in zip(*chances, samples, strict=True):

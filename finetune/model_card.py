@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from finetune.verification import Proof
-from l2vit.train.sources import Preprocessing, Source
+from l2vit.train.weights import Preprocessing, PretrainedWeights
 
 _CARD = """---
 library_name: timm
@@ -60,7 +60,9 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 
-def timm_config(source: Source, num_features: int, registered: dict[str, Any]) -> dict[str, Any]:
+def timm_config(
+    source: PretrainedWeights, num_features: int, registered: dict[str, Any]
+) -> dict[str, Any]:
     """``config.json`` as timm reads it: enough to rebuild, to preprocess and to name answers.
 
     Args:
@@ -96,7 +98,7 @@ def timm_config(source: Source, num_features: int, registered: dict[str, Any]) -
     return config
 
 
-def _record(source: Source) -> dict[str, Any]:
+def _record(source: PretrainedWeights) -> dict[str, Any]:
     return {
         "weights": source.which,
         "class_hash": source.class_hash,
@@ -106,7 +108,13 @@ def _record(source: Source) -> dict[str, Any]:
 
 
 def card(
-    source: Source, proof: Proof, images: str, full: dict[str, Any], *, out: Path, command: str
+    source: PretrainedWeights,
+    proof: Proof,
+    images: str,
+    full: dict[str, Any],
+    *,
+    out: Path,
+    command: str,
 ) -> str:
     """README.md: recipe, data, accuracy, proof, commands and limits.
 
@@ -151,7 +159,7 @@ def _crop(shown: Preprocessing) -> str:
     return f"whole picture squashed to {side}×{side}, centre crop"
 
 
-def _origin(source: Source) -> str:
+def _origin(source: PretrainedWeights) -> str:
     if source.kind == "checkpoint":
         step, seen = source.training["step"], source.training["images_seen"]
         return f"Exported from `{source.path}` at step {step:,} ({seen:,} images seen)."
@@ -159,7 +167,7 @@ def _origin(source: Source) -> str:
     return f"Converted from `{source.path.name}` ({source.kind}){note}."
 
 
-def _accuracy(source: Source, full: dict[str, Any]) -> str:
+def _accuracy(source: PretrainedWeights, full: dict[str, Any]) -> str:
     lines = []
     if full:
         lines.append(
@@ -188,7 +196,7 @@ def _proof(proof: Proof, images: str) -> str:
     return text
 
 
-def _training(source: Source) -> str:
+def _training(source: PretrainedWeights) -> str:
     recipe = source.training.get("config")
     if not recipe:
         return "Not trained here: see the publication of the weights."
@@ -207,7 +215,7 @@ def _training(source: Source) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _changed(source: Source) -> str:
+def _changed(source: PretrainedWeights) -> str:
     """What the export changed since training, which its recorded accuracy does not cover."""
     recipe = source.training.get("config")
     if not recipe:
@@ -230,5 +238,5 @@ def _changed(source: Source) -> str:
 
 def _commands(about: dict[str, Any], command: str, out: Path) -> str:
     lines = [f"    {about['command']}"] if about.get("command") else []
-    lines += [f"    {command}", f"    python -m finetune.evaluate --model {out} --data SHARDS"]
+    lines += [f"    {command}", f"    python -m finetune evaluate --model {out} --data SHARDS"]
     return "\n".join(lines)

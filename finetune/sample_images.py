@@ -71,8 +71,10 @@ def _from_shards(path: Path, count: int) -> list[Sample]:
             found = reader.read(number)
         except BadSample as error:
             shard = path / reader.shard_name(number)
-            raise UserError(f"{shard}: sample {reader.key(number)} is unusable: {error}") from None
-        samples.append(Sample(reader.key(number), found.image, manifest.classes[found.label]))
+            raise UserError(
+                f"{shard}: sample {reader.key_of(number)} is unusable: {error}"
+            ) from None
+        samples.append(Sample(reader.key_of(number), found.image, manifest.classes[found.label]))
     return samples
 
 

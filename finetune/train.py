@@ -1,52 +1,49 @@
-"""Fine-tune: `python -m finetune.train --config FILE [key.sub=value ...]`, one process per rank.
+"""One rank of fine-tuning: ``launch/finetune.sh`` starts it on every rank.
 
-`launch/finetune.sh` starts it on every rank. The loop is pre-training's; only the recipe differs:
-`init.source` names the weights to begin with, larger inputs and windows are plain settings.
+The loop is pre-training's; only the recipe differs: ``init.source`` names the weights to begin
+with, larger inputs and windows are plain settings.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from l2vit import cli
-from l2vit.config import load
+from l2vit import cli, config
 from l2vit.train.config import TrainConfig
-from l2vit.train.distributed import from_environment
-from l2vit.train.transfer import fitting_windows, padding_warnings
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the fine-tuning the command line describes; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="finetune.train", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML, see finetune/configs")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    options = parser.parse_intermixed_args(arguments)
-    main_rank = from_environment().main
-    return cli.run(
-        lambda: _train(options.config, options.overrides, main_rank),
-        program="finetune",
-        report=main_rank,
-    )
+@cli.program("finetune train", rank_0_reports=True)
+def main(argv: Sequence[str]) -> int:
+    """Run the fine-tuning the command line describes.
+
+    Args:
+        argv: ``--config FILE [key.sub=value ...]``.
+
+    Returns:
+        0 when finished, 75 when a signal stopped it after saving.
+    """
+    parser = cli.parser("python -m finetune train", "Fine-tune as one rank of a job.")
+    cli.add_config(parser)
+    options = cli.parse(parser, argv)
+    settings = config.load(TrainConfig, options.config, options.overrides)
+    if cli.is_rank_0():
+        _warn_of_padding(settings)
+    from l2vit.train.loop import train  # after the configuration: its errors need not wait
+
+    return train(settings)
 
 
-def _train(path: str, overrides: Sequence[str], main_rank: bool) -> int:
-    config = load(TrainConfig, path, overrides)
-    warnings = padding_warnings(config.model.name, config.data.input_size, config.model.window_size)
-    if warnings and main_rank:
-        fitting = fitting_windows(config.data.input_size)
-        for line in warnings:
-            print(f"finetune: warning: {line}", file=sys.stderr)
-        print(
-            f"finetune: windows that need no padding at {config.data.input_size}:"
-            f" {', '.join(map(str, fitting)) or 'none'}",
-            file=sys.stderr,
-        )
-    from l2vit.train.loop import train
+def _warn_of_padding(settings: TrainConfig) -> None:
+    from l2vit.train.transfer import fitting_windows, padding_warnings
 
-    return train(config)
+    size = settings.data.input_size
+    warnings = padding_warnings(settings.model.name, size, settings.model.window_size)
+    for line in warnings:
+        cli.tell(f"finetune train: warning: {line}", error=True)
+    if warnings:
+        fitting = ", ".join(map(str, fitting_windows(size))) or "none"
+        cli.tell(f"finetune train: windows without padding at {size}: {fitting}", error=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import l2vit
 from finetune.datasets import transform
 from finetune.sample_images import Sample
 from l2vit.errors import UserError
-from l2vit.train.sources import Source, no_grad_logits
+from l2vit.train.weights import PretrainedWeights, no_grad_logits
 
 TOLERANCE = 1e-5
 """Largest difference between logits, as a share of the largest logit (at least 1)."""
@@ -78,7 +78,7 @@ class Proof:
         }
 
 
-def inputs_of(source: Source, samples: Sequence[Sample]) -> Tensor:
+def inputs_of(source: PretrainedWeights, samples: Sequence[Sample]) -> Tensor:
     """(N, 3, H, W) fp32: the pictures as the trained model's evaluation shows them."""
     show = transform(source.preprocessing)
     return torch.stack([show(sample.picture()) for sample in samples])
@@ -139,7 +139,7 @@ def compare(
 
 
 def prove(
-    directory: Path, source: Source, model: nn.Module, samples: Sequence[Sample]
+    directory: Path, source: PretrainedWeights, model: nn.Module, samples: Sequence[Sample]
 ) -> tuple[Proof, Tensor]:
     """Compare the exported ``directory`` with the trained ``model`` on ``samples``.
 

@@ -1,12 +1,96 @@
-"""What every program's entry point shares: exit statuses and one-line errors."""
+"""The command line of every program: one parser, one wrapper, one way to print.
+
+A program is a function ``main(argv) -> status`` under :func:`program`, which turns errors into one
+line and an exit status: 0 success, 2 wrong arguments or configuration, 1 any other failure. What it
+needs beyond its parser it imports after parsing, so that ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import errno
+import functools
+import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TextIO
 
-from l2vit import console
-from l2vit.errors import UserError
+from l2vit.errors import ConfigError, UserError
+
+Main = Callable[[Sequence[str]], int | None]
+INTERRUPTED = 130
+
+
+# -- parsing
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line and options written out in full."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def parser(prog: str, description: str = "", *, epilog: str = "") -> Parser:
+    """An empty parser for one program.
+
+    Args:
+        prog: what people type, such as ``python -m pretrain plan``.
+        description: the first lines of ``--help``; line breaks are kept.
+        epilog: the last lines of ``--help``.
+    """
+    return Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config(to: argparse.ArgumentParser) -> None:
+    """Add ``--config FILE`` and ``key.sub=value`` overrides, wherever these stand."""
+    to.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML of pretrain/configs, finetune/configs"
+    )
+    to.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="changes to the configuration, anywhere after the command",
+    )
+
+
+def parse(with_parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options in ``argv`` (None: of this process); overrides may stand between them."""
+    return with_parser.parse_intermixed_args(argv)
+
+
+# -- running
+
+
+def program(name: str, *, rank_0_reports: bool = False) -> Callable[[Main], Callable[..., int]]:
+    """Decorate ``main(argv)`` so that it returns an exit status whatever happens.
+
+    Args:
+        name: what errors are printed under.
+        rank_0_reports: every rank runs the program and meets the same errors: one prints them.
+    """
+
+    def decorate(main: Main) -> Callable[..., int]:
+        @functools.wraps(main)
+        def with_status(argv: Sequence[str] | None = None) -> int:
+            arguments = sys.argv[1:] if argv is None else argv
+            report = not rank_0_reports or is_rank_0()
+            return run(lambda: main(arguments), program=name, report=report)
+
+        return with_status
+
+    return decorate
 
 
 def run(main: Callable[[], int | None], *, program: str, report: bool = True) -> int:
@@ -25,12 +109,74 @@ def run(main: Callable[[], int | None], *, program: str, report: bool = True) ->
     except UserError as error:
         if report:
             line = " ".join(str(error).split())
-            console.tell(f"{program}: error: {line}", error=True)
+            tell(f"{program}: error: {line}", error=True)
         return error.exit_status
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        console.mute(sys.stdout)
+        mute(sys.stdout)
         return 1
     finally:
-        console.flush()
+        flush()
+
+
+def commands(prog: str, table: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
+    """Run the subcommand ``argv`` begins with.
+
+    Args:
+        prog: what people type before the subcommand, such as ``python -m pretrain``.
+        table: the module with a ``main(argv)`` and one line of help, by subcommand.
+        argv: the subcommand and its arguments.
+    """
+    width = max(map(len, table)) + 2
+    lines = [f"usage: {prog} COMMAND ...", ""]
+    lines += [f"  {name:<{width}}{text}" for name, (_, text) in table.items()]
+    usage = "\n".join([*lines, "", f"{prog} COMMAND --help lists a command's options."])
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    if name not in table:
+        known = ", ".join(table)
+        raise ConfigError(f"{name!r} is no command; known: {known}" if name else f"give {known}")
+    status: int = importlib.import_module(table[name][0]).main(argv[1:])
+    return status
+
+
+def is_rank_0() -> bool:
+    """True in the first process of a job, and in a program started alone."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+# -- printing
+
+
+def tell(text: str, *, error: bool = False, end: str = "\n") -> None:
+    """Print at once; what cannot be written (terminal closed, disk full) is dropped.
+
+    For processes that must go on, or end in their own way, whatever became of their output.
+    """
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError as problem:
+        if problem.errno != errno.ENOSPC:  # room may be made; no reader comes back
+            mute(stream)
+
+
+def mute(stream: TextIO) -> None:
+    """Send what is printed to ``stream``, and what was not flushed yet, to /dev/null."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def flush() -> None:
+    """Flush, so that the interpreter's own try at its end cannot change the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            mute(stream)

@@ -6,28 +6,31 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2vit import cli, config
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
 from l2vit.errors import ConfigError
-from l2vit.plan import compare, devices, report
-from l2vit.plan.estimate import Cluster, Work, estimate
 from l2vit.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from l2vit.plan.estimate import Work
 
-def main(argv: Sequence[str]) -> int:
+
+@cli.program("pretrain plan")
+def main(argv: Sequence[str]) -> None:
     """Print the plan of a run (see ``--help``); starts nothing and needs no GPU."""
-    return cli.run(lambda: _main(argv), program="pretrain plan")
+    _run(cli.parse(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain plan",
-        description="Predict steps, memory, time, cost and disk of a run. Needs no GPU and, with"
-        " --images and --classes, no data.",
+    parser = cli.parser(
+        "python -m pretrain plan",
+        "Predict steps, memory, time, cost and disk of a run. Needs no GPU and, with --images and\n"
+        "--classes, no data.",
     )
+    cli.add_config(parser)
     add = parser.add_argument
-    add("--config", required=True, help="the run's YAML (pretrain/configs or finetune/configs)")
     add("--gpus", type=int, default=8, help="ranks in all (default 8)")
     add("--per-node", type=int, default=8, help="ranks on a node (default 8)")
     add("--device", default="h100", help="h100, h200, a100 or a YAML file (docs/cluster.md)")
@@ -37,12 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--price", type=float, default=0.0, help="money for a GPU-hour")
     add("--compare", metavar="RUN", type=Path, help="a run directory: predicted beside actual")
     add("--json", action="store_true", help="print values for programs")
-    add("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     return parser
 
 
-def _main(argv: Sequence[str]) -> int:
-    options = _parser().parse_intermixed_args(argv)
+def _run(options: argparse.Namespace) -> None:
+    from l2vit.plan import compare, devices, report  # torch: not needed for --help
+    from l2vit.plan.estimate import Cluster, estimate
+
     settings = config.load(TrainConfig, options.config, options.overrides)
     for name in ("gpus", "per_node"):
         if getattr(options, name) < 1:
@@ -57,11 +61,12 @@ def _main(argv: Sequence[str]) -> int:
         print(json.dumps(predicted, indent=1))
     else:
         print(report.text(found, price=options.price))
-    return 0
 
 
 def _work(options: argparse.Namespace, settings: TrainConfig) -> Work:
     """Images and classes: as given, else from the manifests."""
+    from l2vit.plan.estimate import Work
+
     train, val = (_manifest(path) for path in (settings.data.train, settings.data.val))
     images = options.images or (train.samples if train else 0)
     classes = options.classes or (len(train.classes) if train else 0)

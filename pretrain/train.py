@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 
-from l2vit import config
+from l2vit import cli, config
 from l2vit.train.config import TrainConfig
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@cli.program("pretrain train", rank_0_reports=True)
+def main(argv: Sequence[str]) -> int:
     """Run the pre-training the command line describes.
 
     Args:
@@ -17,17 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when finished, 75 when a signal stopped it after saving.
-
-    Raises:
-        UserError: what a user can mend; ``l2vit.cli.run`` turns it into one line.
     """
-    parser = argparse.ArgumentParser(
-        prog="pretrain train", description="Pre-train, or continue to, as one rank of a job."
+    parser = cli.parser(
+        "python -m pretrain train", "Pre-train, or continue to, as one rank of a job."
     )
-    parser.add_argument("--config", required=True, help="YAML, see pretrain/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    options = parser.parse_intermixed_args(argv)
+    cli.add_config(parser)
+    options = cli.parse(parser, argv)
     settings = config.load(TrainConfig, options.config, options.overrides)
     from l2vit.train.loop import train  # after the configuration: its errors need not wait
 
     return train(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from l2vit import cli, console
 from l2vit.launch import rank, supervisor
 from l2vit.train import metrics, report, watchdog
-from l2vit.train.clock import PhaseClock, Place
 from l2vit.train.distributed import World
+from l2vit.train.throughput import PhaseClock, Place
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
 

@@ -69,7 +69,7 @@ def fetch(
                 payloads.append(accept(sample))
                 break
             except BadSample as error:
-                key, shard = reader.key(sample_id), reader.shard_name(sample_id)
+                key, shard = reader.key_of(sample_id), reader.shard_name(sample_id)
                 bad[sample_id] = BadRecord(sample_id, key, shard, str(error))
                 sample_id = following(sample_id)
                 if len(bad) > limit or sample_id == wanted:  # too many, or none is good

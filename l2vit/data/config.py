@@ -119,3 +119,33 @@ class AugmentConfig:
                 raise ConfigError(f"{name}: [{low}, {high}] is not an increasing positive range")
         if self.mix_group < 2 or self.mix_group % 2:
             raise ConfigError(f"mix_group: {self.mix_group} must be even and at least 2")
+
+
+@dataclass
+class EvalSetConfig:
+    """One evaluation set; unset sizes and crops are those of the section above."""
+
+    data: str
+    input_size: int = 0
+    crop_fraction: float = 0.0
+
+    def validate(self) -> None:
+        if self.crop_fraction and not 0 < self.crop_fraction <= 1:
+            raise ConfigError(f"crop_fraction: {self.crop_fraction} is not in (0, 1]")
+
+
+@dataclass
+class EvalConfig:
+    every: str = "1 epochs"
+    batch: int = 64
+    """Images per rank and forward pass."""
+    crop_fraction: float = 0.875
+    crop_mode: Literal["center", "squash"] = "center"
+    extra: dict[str, EvalSetConfig] = field(default_factory=dict)
+    """Further sets by name; the main one is ``data.val``, named val."""
+
+    def validate(self) -> None:
+        if not 0 < self.crop_fraction <= 1:
+            raise ConfigError(f"crop_fraction: {self.crop_fraction} is not in (0, 1]")
+        if self.batch < 1:
+            raise ConfigError(f"batch: {self.batch} must be at least 1")

@@ -6,7 +6,9 @@ silently renumber the classes of an existing shard directory or checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,10 +66,16 @@ _NEAR = 0.9
 
 
 def _table(file: str) -> tuple[str, ...]:
-    content = pkgutil.get_data("timm.data", f"_info/{file}")
+    return tuple(_file(file).split())
+
+
+def _file(name: str) -> str:
+    content = None
+    with contextlib.suppress(OSError):
+        content = pkgutil.get_data("timm.data", f"_info/{name}")
     if content is None:
-        raise UserError(f"timm ships no class table {file}; install timm 1.0.26 or later")
-    return tuple(content.decode().split())
+        raise UserError(f"timm ships no class table {name}; install timm 1.0.26 or later")
+    return content.decode()
 
 
 @functools.cache
@@ -194,11 +202,42 @@ def require_same(expected: str, found: str, *, what: str) -> None:
         )
 
 
+_EVALUATION_SETS = {
+    "imagenet-a": "imagenet_a_synsets.txt",
+    "imagenet-r": "imagenet_r_synsets.txt",
+}
+"""Evaluation sets of 200 ImageNet-1k classes, and timm's table of each."""
+
+
+@functools.cache
+def evaluation_classes(name: str) -> tuple[str, ...]:
+    """wnids of ``imagenet-a`` or ``imagenet-r``, sorted."""
+    return _table(_EVALUATION_SETS[name])
+
+
+@functools.cache
+def real_labels() -> tuple[tuple[int, ...], ...]:
+    """ReaL ("Are we done with ImageNet?"): all right 1k classes of each validation image."""
+    return tuple(tuple(rows) for rows in json.loads(_file("imagenet_real_labels.json")))
+
+
+def usual_classes(count: int) -> tuple[str, ...]:
+    """wnids in the usual (sorted) order of a head of 1,000 or 21,841 rows; else empty."""
+    name = {1000: "imagenet1k", 21841: "imagenet22k"}.get(count)
+    return class_list(name) if name else ()
+
+
+def known_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """Lemmas of each wnid where all are WordNet's; else empty."""
+    known = _descriptions()[0]
+    return class_names(classes) if all(wnid in known for wnid in classes) else ()
+
+
 @functools.cache
 def _descriptions() -> tuple[dict[str, str], dict[str, str]]:
     tables = []
     for file in ("imagenet_synset_to_lemma.txt", "imagenet_synset_to_definition.txt"):
-        lines = (pkgutil.get_data("timm.data", f"_info/{file}") or b"").decode().splitlines()
+        lines = _file(file).splitlines()
         tables.append(dict(line.split("\t", 1) for line in lines if "\t" in line))
     return tables[0], tables[1]
 

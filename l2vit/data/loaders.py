@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -14,13 +15,13 @@ import torch
 
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import Batch
-from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
 from l2vit.data.dali_loader import DaliBatches
 from l2vit.data.draws import Drawer, fill_colour
 from l2vit.data.feeds import EvalFeeds, TrainFeeds
 from l2vit.data.host_loader import HostEvalSet, HostTrainSet
 from l2vit.data.manifest import Manifest
-from l2vit.data.order import SampleOrder, Share
+from l2vit.data.order import SampleOrder, Share, Split
 from l2vit.data.pixel_ops import apply_ops
 from l2vit.data.plan import EvalPlan, TrainPlan
 from l2vit.data.raw import Finisher, RawBatch
@@ -38,11 +39,9 @@ def train_loader(
     augment: AugmentConfig,
     *,
     manifest: Manifest,
-    seed: int,
+    split: Split,
     rank: int,
-    world: int,
-    micro_batch: int,
-    global_batch: int,
+    seed: int,
     device: torch.device,
     images_seen: int = 0,
     bad_samples_log: Path | None = None,
@@ -53,17 +52,15 @@ def train_loader(
         data: where and with what to read.
         augment: what is done to each picture (mixing is ``mixing.Mixer``'s).
         manifest: of ``data.train``.
-        seed: of the order and of the augmentation.
+        split: how ranks and micro-batches share the global batch.
         rank: this rank.
-        world: number of ranks.
-        micro_batch: images per batch.
-        global_batch: images per optimizer step over all ranks.
+        seed: of the order and of the augmentation.
         device: where batches go.
-        images_seen: images consumed since the run began; a multiple of ``global_batch``.
+        images_seen: images consumed since the run began; a multiple of the global batch.
         bad_samples_log: file for unusable samples, shared by the ranks.
 
     Raises:
-        ConfigError: the batch sizes do not divide, or there is less than one global batch.
+        ConfigError: there is less data than one global batch.
         UserError: no step begins at ``images_seen``, or the subset's labels cannot be read; while
             iterating, too many unusable samples or a worker process that was killed.
     """
@@ -74,11 +71,10 @@ def train_loader(
         [shard.samples for shard in manifest.shards],
         seed=seed,
         chunk=data.chunk,
-        global_batch=global_batch,
+        global_batch=split.global_batch,
         subset=subset,
     )
-    share = Share(rank, world, micro_batch, global_batch)
-    plan = TrainPlan(order, share, images_seen)
+    plan = TrainPlan(order, Share(rank, split), images_seen)
     plan.work(0)  # refuse an impossible images_seen here, not in a worker
     drawer = Drawer(augment, input_size=data.input_size, seed=seed)
     reader = ShardReader(directory, manifest)
@@ -97,7 +93,9 @@ def train_loader(
         )
     else:
         feeds = TrainFeeds(reader, plan, drawer, data.input_size, log.limit, log, data.prefetch)
-        batches = _dali(feeds, data, device, interpolation=augment.interpolation, batch=micro_batch)
+        batches = _dali(
+            feeds, data, device, interpolation=augment.interpolation, batch=split.micro_batch
+        )
         raw = _augmented(batches, augment)
     finish = Finisher(mean=augment.mean, std=augment.std, device=device)
     return TrainLoader(raw, finish, log, order=order, device=device)
@@ -113,11 +111,11 @@ def _stream_set(
 ) -> torch.utils.data.Dataset[RawBatch]:
     from l2vit.data.stream import StreamTrainSet
 
-    readers = plan.share.world * max(1, data.threads)
+    readers = plan.share.split.world * max(1, data.threads)
     if readers > len(manifest.shards):
         raise ConfigError(
             f"data.stream: {len(manifest.shards)} shards are too few for {readers} readers"
-            f" ({plan.share.world} ranks × {max(1, data.threads)} workers)"
+            f" ({plan.share.split.world} ranks × {max(1, data.threads)} workers)"
         )
     return StreamTrainSet(
         url=data.stream,
@@ -207,74 +205,63 @@ class TrainLoader:
 
 
 def eval_loader(
-    directory: Path,
+    dataset: EvalSetConfig,
+    data: DataConfig,
+    evaluation: EvalConfig,
+    augment: AugmentConfig,
     *,
-    backend: str,
-    input_size: int,
-    crop_fraction: float,
-    crop_mode: str,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    threads: int,
-    prefetch: int,
-    rank: int,
-    world: int,
-    batch: int,
     device: torch.device,
-    hw_decoder_load: float = 0.65,
+    rank: int = 0,
+    world: int = 1,
 ) -> EvalLoader:
     """Every image of a shard directory once over all ranks, as timm evaluates (bicubic).
 
     Args:
-        directory: shards with a manifest.
-        backend: ``dali`` or ``host``.
-        input_size: side of the model's input, pixels.
-        crop_fraction: input side over resized side.
-        crop_mode: ``center`` (short side resized) or ``squash`` (whole image resized).
-        mean: of each channel, in 0 … 1.
-        std: likewise.
-        threads: decoding threads (dali) or worker processes (host).
-        prefetch: batches made ahead.
+        dataset: which shards, and a size and a crop of their own.
+        data: backend, threads and the usual input size.
+        evaluation: batch and the usual crop.
+        augment: mean and standard deviation.
+        device: where batches go.
         rank: this rank.
         world: number of ranks.
-        batch: most images in a batch.
-        device: where batches go.
-        hw_decoder_load: share of the JPEGs for a GPU's hardware decoder (dali).
 
     Raises:
-        ConfigError: a crop or a batch that cannot be.
         UserError: no finished shard directory, or (while iterating) an image that cannot be used:
             an evaluation is exact or fails.
     """
-    if not 0 < crop_fraction <= 1:
-        raise ConfigError(f"crop_fraction: {crop_fraction} is not in (0, 1]")
-    if batch < 1:
-        raise ConfigError(f"batch: {batch} must be at least 1")
+    dataset.validate()
+    evaluation.validate()
+    directory = Path(dataset.data)
+    input_size = dataset.input_size or data.input_size
+    crop_fraction = dataset.crop_fraction or evaluation.crop_fraction
     manifest = Manifest.load(directory)
-    plan = EvalPlan(manifest.samples, rank, world, batch)
+    plan = EvalPlan(manifest.samples, rank, world, evaluation.batch)
     reader = ShardReader(directory, manifest)
     log = NoBadSamples(directory)
-    finish = Finisher(mean=mean, std=std, device=device)
+    finish = Finisher(mean=augment.mean, std=augment.std, device=device)
     makers: _HostEval | _DaliEval
-    if backend == "host":
-        dataset = HostEvalSet(
+    if data.backend == "host":
+        pictures = HostEvalSet(
             reader,
             plan,
             input_size=input_size,
             crop_fraction=crop_fraction,
-            crop_mode=crop_mode,
+            crop_mode=evaluation.crop_mode,
         )
-        makers = _HostEval(dataset, threads, prefetch, device.type == "cuda", plan.filled)
+        pin = device.type == "cuda"
+        makers = _HostEval(pictures, data.threads, data.prefetch, pin, plan.filled)
     else:
-        feeds = EvalFeeds(reader, plan, input_size, crop_fraction, crop_mode, log)
-        settings = DataConfig(
-            threads=max(1, threads),
-            prefetch=prefetch,
-            input_size=input_size,
-            hw_decoder_load=hw_decoder_load,
-        )
+        feeds = EvalFeeds(reader, plan, input_size, crop_fraction, evaluation.crop_mode, log)
+        settings = dataclasses.replace(data, input_size=input_size)
         makers = _DaliEval(
-            _dali(feeds, settings, device, interpolation="bicubic", batch=batch, count=plan.filled)
+            _dali(
+                feeds,
+                settings,
+                device,
+                interpolation="bicubic",
+                batch=evaluation.batch,
+                count=plan.filled,
+            )
         )
     return EvalLoader(manifest, plan, makers, finish, log, input_size)
 

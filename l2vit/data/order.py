@@ -13,6 +13,8 @@ takes the s-th sample of every lane. So
 
 What does not fill a last global batch (the end of the string, other chunks in every epoch) is
 left out of that epoch.
+
+:func:`split` divides a global batch into the micro-batches of ranks.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l2vit.data.config import AugmentConfig
 from l2vit.data.philox import derive_key, permutation, uniforms
 from l2vit.errors import ConfigError, UserError
 
 MIN_CHUNKS_PER_LANE = 8
 """Small data: the chunk shrinks until each lane is made of so many, down to single samples."""
+_SHOWN = 8
+"""Possible splits listed in an error."""
 
 
 @dataclass(frozen=True)
@@ -165,22 +170,81 @@ class Share:
     """
 
     rank: int
-    world: int
-    micro_batch: int
-    global_batch: int
-
-    def __post_init__(self) -> None:
-        if self.global_batch % (self.world * self.micro_batch):
-            raise ConfigError(
-                f"global_batch: {self.global_batch} is not a multiple of"
-                f" {self.world} ranks × micro-batch {self.micro_batch}"
-            )
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch // (self.world * self.micro_batch)
+    split: Split
 
     def places(self, micro_step: int) -> np.ndarray:
         """(micro_batch,) int64 places in the step of the rank's micro-batch ``micro_step``."""
-        first = (micro_step * self.world + self.rank) * self.micro_batch
-        return first + np.arange(self.micro_batch)
+        size = self.split.micro_batch
+        return (micro_step * self.split.world + self.rank) * size + np.arange(size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """micro_batch × accumulation × world = global batch."""
+
+    micro_batch: int
+    """Images per rank and backward pass."""
+    accumulation: int
+    """Backward passes per optimizer step."""
+    world: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.world
+
+
+def split(global_batch: int, *, world: int, micro_batch: int = 0, multiple_of: int = 1) -> Split:
+    """Divide the global batch over ``world`` ranks.
+
+    Args:
+        global_batch: images per optimizer step over all ranks.
+        world: number of ranks.
+        micro_batch: images per rank and backward pass; 0 takes a rank's whole share at once.
+        multiple_of: what must divide the micro-batch (``mix_group``).
+
+    Raises:
+        ConfigError: no such division; lists the possible ones.
+    """
+    options = possible(global_batch, world=world, multiple_of=multiple_of)
+    if not options:
+        raise ConfigError(
+            f"schedule.global_batch: {global_batch} cannot be divided over {world} ranks in"
+            f" micro-batches that are multiples of {multiple_of} (augment.mix_group);"
+            f" the nearest that can is {_nearest(global_batch, world * multiple_of)}"
+        )
+    chosen = micro_batch or options[0].micro_batch
+    for option in options:
+        if option.micro_batch == chosen:
+            return option
+    listed = ", ".join(f"{o.micro_batch}×{o.accumulation}" for o in options[:_SHOWN])
+    more = ", …" if len(options) > _SHOWN else ""
+    raise ConfigError(
+        f"engine.micro_batch: {micro_batch} does not divide schedule.global_batch={global_batch}"
+        f" over {world} ranks; possible micro_batch×accumulation: {listed}{more}"
+    )
+
+
+def possible(global_batch: int, *, world: int, multiple_of: int = 1) -> list[Split]:
+    """Every division of the global batch, largest micro-batch first."""
+    if global_batch % world:
+        return []
+    share = global_batch // world
+    sizes = [m for m in range(share, 0, -1) if share % m == 0 and m % multiple_of == 0]
+    return [Split(m, share // m, world) for m in sizes]
+
+
+def halve(current: Split, *, multiple_of: int = 1) -> Split | None:
+    """The next smaller possible micro-batch, at most half; None when there is none."""
+    for option in possible(current.global_batch, world=current.world, multiple_of=multiple_of):
+        if 2 * option.micro_batch <= current.micro_batch:
+            return option
+    return None
+
+
+def mix_group(augment: AugmentConfig) -> int:
+    """What must divide a micro-batch: a mixing group must not span ranks. 1 without mixing."""
+    return augment.mix_group if augment.mixup or augment.cutmix else 1
+
+
+def _nearest(number: int, step: int) -> int:
+    return max(step, round(number / step) * step)

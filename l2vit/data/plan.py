@@ -32,8 +32,8 @@ class TrainPlan:
 
     def work(self, number: int) -> Work:
         """The ``number``-th micro-batch after ``images_seen``."""
-        step, micro_step = divmod(number, self.share.accumulation)
-        seen = self.images_seen + step * self.share.global_batch
+        step, micro_step = divmod(number, self.share.split.accumulation)
+        seen = self.images_seen + step * self.share.split.global_batch
         epoch, first = self.order.locate(seen)
         positions = first + self.share.places(micro_step)
         return Work(number, epoch, self.order.ids_at(epoch, positions), positions)

@@ -136,14 +136,14 @@ class ShardReader:
     def shard_name(self, sample_id: int) -> str:
         return self._names[self.locate(sample_id)[0]]
 
-    def key(self, sample_id: int) -> str:
-        """The sample's key; its number in the shard where the index cannot be read."""
+    def key_of(self, sample_id: int) -> str:
+        """The sample's key; ``shard#number`` where the index cannot be read."""
         shard, number = self.locate(sample_id)
         try:
             with (self._directory / self._names[shard]).with_suffix(".idx").open("rb") as lines:
                 members = self._index(shard).members(number, lines.fileno())
         except (BadSample, OSError):
-            return f"sample {number}"
+            return f"{self._names[shard]}#{number}"
         name = next(iter(members.values()))[2]
         return name.rsplit(b".", 1)[0].decode(errors="replace")
 

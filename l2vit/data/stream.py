@@ -77,7 +77,7 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = self.plan.share
         bad: _Bad = {}
-        items = self._decoded(share.rank * workers + worker, share.world * workers, bad)
+        items = self._decoded(share.rank * workers + worker, share.split.world * workers, bad)
         number = worker
         while True:
             work = self.plan.work(number)

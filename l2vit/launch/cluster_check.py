@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 from l2vit import config as configuration
 from l2vit.data.manifest import Manifest
+from l2vit.data.order import mix_group, split
 from l2vit.errors import UserError
 from l2vit.plan.devices import DEVICES, Device
 from l2vit.plan.estimate import Cluster, Work, estimate
-from l2vit.train import batching, distributed
+from l2vit.train import distributed
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.preflight import Facts, Problem, collect, differences, shared_directory
-from l2vit.train.run import mix_group
 
 SECONDS = 15.0
 """Time the loaders are measured for, after their first batch."""
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(argv)
     config = configuration.load(TrainConfig, options.config, options.overrides)
-    world = distributed.start(distributed.from_environment())
+    world = distributed.start(distributed.from_environment(), run=config.run.dir)
     try:
         facts = collect(config, world)
         problems = differences(facts)
@@ -128,7 +128,7 @@ def _loading(config: TrainConfig, world: World, *, seconds: float = SECONDS) -> 
         rate = _loader_rate(config, world, seconds)
     except UserError as error:
         problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
     rates: dict[str, float] = {}
     for host, images in world.gather((socket.gethostname(), rate)):
         rates[host] = rates.get(host, 0.0) + images
@@ -139,21 +139,19 @@ def _loader_rate(config: TrainConfig, world: World, seconds: float) -> float:
     from l2vit.data.loaders import train_loader
 
     manifest = Manifest.of_training(config.data)
-    split = batching.split(
+    shares = split(
         config.schedule.global_batch,
         world=world.size,
         micro_batch=config.engine.micro_batch,
-        multiple_of=mix_group(config),
+        multiple_of=mix_group(config.augment),
     )
     loader = train_loader(
         config.data,
         config.augment,
         manifest=manifest,
-        seed=config.run.seed,
+        split=shares,
         rank=world.rank,
-        world=world.size,
-        micro_batch=split.micro_batch,
-        global_batch=config.schedule.global_batch,
+        seed=config.run.seed,
         device=world.device,
     )
     try:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l2vit import config
+from l2vit import cli, config
 from l2vit.errors import ConfigError
 from l2vit.launch.rank import omp_threads
 from l2vit.train.config import TrainConfig
@@ -43,13 +43,12 @@ class Launch:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"bash {program}",
-        description="Start the ranks on this node (or on a hostfile's nodes) and watch them.",
-        epilog="Everything else goes to the program: --config FILE and key.sub=value overrides."
-        " Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped by a signal after"
-        " saving (the same command continues).",
-        allow_abbrev=False,
+    parser = cli.parser(
+        f"bash {program}",
+        "Start the ranks on this node (or on a hostfile's nodes) and watch them.",
+        epilog="Everything else goes to the program: --config FILE and key.sub=value overrides.\n"
+        "Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped by a signal after\n"
+        "saving (the same command continues).",
     )
     add = parser.add_argument
     nproc = os.environ.get("L2VIT_NPROC") or None

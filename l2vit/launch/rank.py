@@ -28,13 +28,12 @@ def run(module: str, argv: Sequence[str]) -> int:
     """
     settle_environment()
     watch_launcher()
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     arguments = without_local_rank(argv)
     if PREFLIGHT in arguments:
         arguments.remove(PREFLIGHT)
         module = "l2vit.launch.cluster_check"
     program = importlib.import_module(module)
-    return cli.run(lambda: program.main(arguments), program=module, report=rank == "0")
+    return cli.run(lambda: program.main(arguments), program=module, report=cli.is_rank_0())
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ the run directory.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import subprocess
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from l2vit import cli, console
+from l2vit import console
 from l2vit.launch import command, processes, progress
-from l2vit.train.faults import STOPPED
+from l2vit.train.guards import STOPPED
 
 WRONG_CONFIGURATION = 2
 DEATH_GRACE = 60.0
@@ -29,25 +30,20 @@ LONGEST_PAUSE = 600.0
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def main(argv: Sequence[str]) -> int:
-    """``python -m l2vit.launch SCRIPT ARGS``; returns the exit status."""
-    return cli.run(lambda: _main(argv), program=f"launch/{Path(argv[0]).name}")
-
-
-def _main(argv: Sequence[str]) -> int:
-    options = command.parse(argv)
-    launch = command.build(options)
+def launch(options: argparse.Namespace) -> int:
+    """Start the job that :func:`command.parse` read and watch it; returns the exit status."""
+    job = command.build(options)
     supervisor = Supervisor(
-        run_dir=Path(launch.config.run.dir),
-        length=(launch.config.schedule.length, launch.config.schedule.cooldown),
+        run_dir=Path(job.config.run.dir),
+        length=(job.config.schedule.length, job.config.schedule.cooldown),
         max_restarts=options.max_restarts,
         backoff=options.backoff,
         stop_grace=options.stop_grace,
-        remote=launch.remote,
+        remote=job.remote,
     )
     if options.preflight:
-        return supervisor.run_once(launch.argv, launch.environment)
-    return supervisor.run(launch.argv, launch.environment)
+        return supervisor.run_once(job.argv, job.environment)
+    return supervisor.run(job.argv, job.environment)
 
 
 @dataclass

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from l2vit.data.order import Split, mix_group, possible, split
 from l2vit.errors import ConfigError
 from l2vit.plan import memory
 from l2vit.plan.devices import Device
 from l2vit.plan.memory import Memory
 from l2vit.plan.trace import Trace, trace
-from l2vit.train import batching, model
-from l2vit.train.batching import Split
+from l2vit.train import model
 from l2vit.train.config import TrainConfig
 from l2vit.train.engine import DTYPES, deepspeed_config
-from l2vit.train.run import mix_group
 from l2vit.train.schedule import Schedule, interval_of
 
 STAGES = (1, 2, 3)
@@ -201,20 +200,20 @@ def _tracer(config: TrainConfig, classes: int) -> Tracer:
 
 def _choose(config: TrainConfig, cluster: Cluster, tracer: Tracer) -> Split:
     """The configured micro-batch, or the largest that fits into the device."""
-    options = {"world": cluster.ranks, "multiple_of": mix_group(config)}
+    options = {"world": cluster.ranks, "multiple_of": mix_group(config.augment)}
     batch = config.schedule.global_batch
     if config.engine.micro_batch:
-        return batching.split(batch, micro_batch=config.engine.micro_batch, **options)
-    largest = batching.split(batch, **options)
+        return split(batch, micro_batch=config.engine.micro_batch, **options)
+    largest = split(batch, **options)
     few, more = tracer(2, True), tracer(4, True)
     an_image = (more.peak_bytes - few.peak_bytes) / 2
     state = _memory(config, cluster, few).total - few.peak_bytes
     room = cluster.device.room_gib * 2**30 - state - few.peak_bytes
-    for option in batching.possible(batch, **options):
+    for option in possible(batch, **options):
         if (option.micro_batch - 2) * an_image <= room:
             return option
     raise ConfigError(
-        f"a micro-batch of {mix_group(config)} images does not fit into"
+        f"a micro-batch of {mix_group(config.augment)} images does not fit into"
         f" {cluster.device.room_gib:g} GiB (largest asked for: {largest.micro_batch});"
         " raise engine.zero_stage or set engine.grad_checkpointing=true"
     )

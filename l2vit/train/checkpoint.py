@@ -66,7 +66,7 @@ class CheckpointMeta:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A run of one tensor's elements in one part."""
 
     key: str
@@ -83,7 +83,7 @@ class Part:
     name: str
     bytes: int
     sha256: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlice, ...]
 
 
 def step_directory(run: Path, step: int) -> Path:
@@ -99,7 +99,7 @@ def part_name(rank: int, world: int) -> str:
 # -- writing
 
 
-def write_part(path: Path, tensors: Iterable[tuple[Piece, torch.Tensor]]) -> Part:
+def write_part(path: Path, tensors: Iterable[tuple[TensorSlice, torch.Tensor]]) -> Part:
     """Write host tensors as one safetensors file, hashed on the way, complete or absent.
 
     A run that is the whole tensor keeps the tensor's shape; others are one-dimensional.

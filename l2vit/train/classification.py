@@ -13,14 +13,16 @@ from torch import nn
 
 from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.batch import Batch
+from l2vit.data.contact_sheet import to_bytes
 from l2vit.data.manifest import Manifest
+from l2vit.data.order import Split, mix_group
+from l2vit.data.shards import ShardReader
 from l2vit.errors import ConfigError
 from l2vit.train import model
-from l2vit.train.batching import Split
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
-from l2vit.train.evaluator import Evaluator
+from l2vit.train.evaluation import Evaluator
 from l2vit.train.schedule import steps_of
 from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
 
@@ -48,8 +50,7 @@ class Classification:
             provenance={"dataset": manifest.dataset, **manifest.provenance},
             where=config.data.train,
         )
-        augment = config.augment
-        self.batch_multiple = augment.mix_group if augment.mixup or augment.cutmix else 1
+        self.batch_multiple = mix_group(config.augment)
         self._mix_off_steps = 0
 
     def network(self) -> nn.Module:
@@ -91,11 +92,9 @@ class Classification:
             config.data,
             config.augment,
             manifest=self._manifest,
-            seed=config.run.seed,
+            split=split,
             rank=world.rank,
-            world=world.size,
-            micro_batch=split.micro_batch,
-            global_batch=config.schedule.global_batch,
+            seed=config.run.seed,
             device=world.device,
             images_seen=images_seen,
             bad_samples_log=directory / LOG_NAME,
@@ -129,15 +128,9 @@ class Classification:
 
     def pictures(self, images: torch.Tensor) -> np.ndarray:
         """The images with the normalisation undone."""
-        from l2vit.data.preview import to_bytes
-
         return to_bytes(images, self._config.augment.mean, self._config.augment.std)
 
     def sample_keys(self, sample_ids: Sequence[int]) -> list[str]:
-        """``SHARD#PLACE`` of each sample."""
-        firsts = self._manifest.first_ids
-        keys = []
-        for sample in sample_ids:
-            shard = int(np.searchsorted(firsts, sample, side="right")) - 1
-            keys.append(f"{self._manifest.shards[shard].name}#{sample - int(firsts[shard])}")
-        return keys
+        """The keys of samples, as ``bad_samples.jsonl`` names them."""
+        reader = ShardReader(Path(self._config.data.train), self._manifest)
+        return [reader.key_of(sample) for sample in sample_ids]

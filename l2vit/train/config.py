@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig
 from l2vit.errors import ConfigError
 
 
@@ -117,26 +117,6 @@ class EmaConfig:
     def validate(self) -> None:
         if not 0 <= self.decay < 1:
             raise ConfigError(f"decay: {self.decay} is not in [0, 1)")
-
-
-@dataclass
-class EvalSetConfig:
-    """One evaluation set; unset sizes and crops are those of the section above."""
-
-    data: str
-    input_size: int = 0
-    crop_fraction: float = 0.0
-
-
-@dataclass
-class EvalConfig:
-    every: str = "1 epochs"
-    batch: int = 64
-    """Images per rank and forward pass."""
-    crop_fraction: float = 0.875
-    crop_mode: Literal["center", "squash"] = "center"
-    extra: dict[str, EvalSetConfig] = field(default_factory=dict)
-    """Further sets by name; the main one is ``data.val``, named val."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from l2vit.errors import ConfigError, UserError
+from l2vit.train import rendezvous
 
 _DEFAULT_PORT = "29533"
 
@@ -74,7 +75,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def agree(self, error: UserError | None) -> None:
+    def raise_on_all_ranks(self, error: UserError | None) -> None:
         """Raise on every rank if any rank met an error, so that none waits for another.
 
         Raises:
@@ -137,14 +138,19 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(world: World, *, timeout_seconds: float = 1800.0) -> World:
+def start(world: World, *, timeout_seconds: float = 1800.0, run: str = "") -> World:
     """Join the process group (NCCL with GPUs, gloo without); ``stop`` leaves it again.
+
+    Args:
+        world: the place of this process.
+        timeout_seconds: how long a collective may take.
+        run: what identifies the run, such as its directory, where no launcher gave a token.
 
     Returns:
         The world with its control group.
 
     Raises:
-        UserError: the other ranks could not be met; names the address.
+        UnreachablePeers: the other ranks could not be met; names the address.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -155,16 +161,18 @@ def start(world: World, *, timeout_seconds: float = 1800.0) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         _fill_environment(world)
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        try:
-            dist.init_process_group(backend, timeout=timeout)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"rank {world.rank} could not meet the others at {address}: {reason}"
-            ) from error
+        store = rendezvous.meet(world.rank, world.size, run=run, one_host=_on_one_host(world))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+        )
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     return dataclasses.replace(world, control=control)
+
+
+def _on_one_host(world: World) -> bool:
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))
+    return world.size == world.local_size and (world.launcher != "slurm" or nodes == "1")
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from l2vit.data.order import Split
 from l2vit.errors import ConfigError
-from l2vit.train import fragments
-from l2vit.train.batching import Split
+from l2vit.train import zero
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.ema import Ema
-from l2vit.train.fragments import MOMENTS, Fragment, Reader
 from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
+from l2vit.train.zero import MOMENTS, Reader, ZeroShard
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NEVER = 1 << 62
@@ -94,9 +94,9 @@ class Engine:
         self.groups = param_groups(model, layer_decay=config.optim.layer_decay)
         self._deepspeed = _initialize(model, config, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
-        self._flats = fragments.flat_masters(self._zero)
-        self._states = list(fragments.moments(self._zero.optimizer, self._flats))
-        self.fragments = fragments.own_fragments(self.module, self._zero, world.rank)
+        self._flats = zero.flat_masters(self._zero)
+        self._states = list(zero.moments(self._zero.optimizer, self._flats))
+        self.fragments = zero.own_fragments(self.module, self._zero, world.rank)
         # DeepSpeed made its masters from weights already rounded to bf16.
         self._fill(self._flats, "param", _from_tensors(masters))
         self.ema: Ema | None = None
@@ -172,7 +172,7 @@ class Engine:
                     average.copy_(read(f"ema/{name}", 0, average.numel()).view(average.shape))
         self._publish(self._flats)
 
-    def tensors(self) -> Iterator[tuple[str, Fragment, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, ZeroShard, torch.Tensor]]:
         """Views of this rank's state: (``param/NAME``, its fragment, 1-D fp32 elements)."""
         kinds = {"param": self._flats}
         for key, state in MOMENTS.items():
@@ -293,11 +293,11 @@ class Engine:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    return torch.Size(fragments.full_shape(parameter)).numel()
+    return torch.Size(zero.full_shape(parameter)).numel()
 
 
 def _assign(parameter: Any, whole: torch.Tensor, rank: int) -> None:
-    if not fragments.is_stage3(parameter):
+    if not zero.is_stage3(parameter):
         parameter.data.copy_(whole.view(parameter.shape))
         return
     share = parameter.ds_tensor.numel()

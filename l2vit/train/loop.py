@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from l2vit import console
 from l2vit.data.batch import Batch
 from l2vit.errors import UserError
-from l2vit.train import checkpoint, distributed, faults, report, vitals
+from l2vit.train import checkpoint, distributed, guards, report, throughput
 from l2vit.train.checkpoint import Reader
 from l2vit.train.config import TrainConfig
 from l2vit.train.engine import StepOutcome
-from l2vit.train.faults import STOPPED, MicroBatch
+from l2vit.train.guards import STOPPED, MicroBatch
 from l2vit.train.profiling import profiler
 from l2vit.train.run import Run, open_run, write_done
 
@@ -29,7 +29,7 @@ def train(config: TrainConfig) -> int:
     Every rank calls this. The process group is started and left here.
 
     Returns:
-        Exit status: 0 when the run is finished, ``faults.STOPPED`` (75) when a signal stopped it
+        Exit status: 0 when the run is finished, ``guards.STOPPED`` (75) when a signal stopped it
         after saving: run the same command again.
 
     Raises:
@@ -59,7 +59,7 @@ def _loop(run: Run) -> int:
             loss = _forward_backward(run)
             outcome = _optimizer_step(run)
             mean_loss, stopping = _exchange(run, loss)
-            if faults.is_spike(mean_loss, run.state, run.config.faults):
+            if guards.is_spike(mean_loss, run.state, run.config.faults):
                 _roll_back(run, mean_loss)
                 continue
             _judge(run, outcome, mean_loss)
@@ -116,7 +116,7 @@ def _forward_backward(run: Run) -> torch.Tensor:
 
 def _pictures(run: Run, images: torch.Tensor) -> Any:
     """The first pictures of the micro-batch, mixed, as one (H, W, 3) array of bytes."""
-    from l2vit.data.preview import contact_sheet, to_bytes
+    from l2vit.data.contact_sheet import contact_sheet, to_bytes
 
     augment = run.config.augment
     return contact_sheet(to_bytes(images[:32], augment.mean, augment.std))
@@ -156,9 +156,9 @@ def _judge(run: Run, outcome: StepOutcome, mean_loss: float) -> None:
     """Count a skipped step, and write down its samples."""
     scaling = run.config.engine.precision == "fp16" and math.isfinite(mean_loss)
     if not outcome.applied and not scaling:
-        faults.record_nonfinite(run.directory, run.world, run.state, run.micro, run.key_of)
+        guards.record_nonfinite(run.directory, run.world, run.state, run.micro, run.key_of)
         run.metrics.say(f"step {run.state.step:,} skipped: loss or gradient not finite", warn=True)
-    faults.count_skipped(
+    guards.count_skipped(
         run.state,
         applied=outcome.applied,
         scaling=scaling,
@@ -169,7 +169,7 @@ def _judge(run: Run, outcome: StepOutcome, mean_loss: float) -> None:
 
 def _roll_back(run: Run, mean_loss: float) -> None:
     """Return to the last checkpoint, but go on with the samples after the spike."""
-    sheet = faults.save_spike(run.directory, run.world, run.state, run.micro, run.config.augment)
+    sheet = guards.save_spike(run.directory, run.world, run.state, run.micro, run.config.augment)
     run.saver.finish()
     steps = run.world.broadcast(checkpoint.complete_steps(run.directory))
     if not steps:
@@ -177,7 +177,7 @@ def _roll_back(run: Run, mean_loss: float) -> None:
         return
     spiked, images_seen, rollbacks = run.state.step, run.state.images_seen, run.state.rollbacks + 1
     run.restore(Reader(checkpoint.step_directory(run.directory, steps[-1])))
-    if rollbacks - run.state.rollbacks > faults.MAX_ROLLBACKS:
+    if rollbacks - run.state.rollbacks > guards.MAX_ROLLBACKS:
         raise UserError(
             f"the loss spiked {rollbacks} times after step {run.state.step}; see {sheet.parent};"
             " try a lower optim.lr or a higher faults.spike_factor"
@@ -203,7 +203,7 @@ def _log(run: Run, mean_loss: float, outcome: StepOutcome) -> None:
             "epoch": state.images_seen / (run.steps_per_epoch * run.global_batch),
             "skipped_steps": state.skipped_steps,
             "rollbacks": state.rollbacks,
-            "memory_gib": vitals.memory_gib(run.world.device),
+            "memory_gib": throughput.memory_gib(run.world.device),
             **run.pace.measure(time.monotonic(), step, run.schedule.total),
         }
         if run.saver.seconds:

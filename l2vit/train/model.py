@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from l2vit.data.order import Split, halve, mix_group
 from l2vit.errors import ConfigError
-from l2vit.train.batching import Split, halve
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import DTYPES
@@ -98,7 +98,7 @@ def fit_micro_batch(
     Raises:
         ConfigError: even the smallest possible micro-batch does not fit.
     """
-    group = config.augment.mix_group
+    group = mix_group(config.augment)
     while world.max(float(not _fits(model, config, split, world, classes))) > 0:
         smaller = halve(split, multiple_of=group)
         if smaller is None:

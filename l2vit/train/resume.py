@@ -17,7 +17,7 @@ from l2vit.train import checkpoint
 from l2vit.train.checkpoint import Reader
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
-from l2vit.train.fragments import full_shape
+from l2vit.train.zero import full_shape
 
 _FIXED = ("model.name", "model.window_size", "model.args.", "run.seed", "schedule.global_batch")
 _FREE = ("run.dir", "about.")
@@ -81,7 +81,7 @@ def to_continue(
     reader = newest_sound(directory, world)
     if reader is None and config.run.resume:
         reader = Reader(checkpoint.find(Path(config.run.resume)))
-        world.agree(_verified(reader, world))
+        world.raise_on_all_ranks(_verified(reader, world))
     if reader is not None:
         _check_continuable(reader, config, manifest)
     return reader

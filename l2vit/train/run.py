@@ -22,21 +22,24 @@ from l2vit import files
 from l2vit.config import dump, to_tree
 from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.manifest import Manifest
+from l2vit.data.order import Split, mix_group, split
+from l2vit.data.shards import ShardReader
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import batching, checkpoint, distributed, model, param_groups, preflight, vitals
+from l2vit.train import checkpoint, distributed, model, param_groups, preflight, throughput
 from l2vit.train.checkpoint import CheckpointMeta, Reader
-from l2vit.train.clock import PhaseClock
 from l2vit.train.config import TrainConfig
+from l2vit.train.denominators import Denominators
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
-from l2vit.train.evaluator import Evaluator
-from l2vit.train.faults import MicroBatch, StopSignal
+from l2vit.train.evaluation import Evaluator
+from l2vit.train.guards import MicroBatch, StopSignal
 from l2vit.train.metrics import Metrics
 from l2vit.train.provenance import git_commit, versions
 from l2vit.train.resume import changed_settings, check_same_model, to_continue
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Schedule, interval_of, steps_of
 from l2vit.train.state import TrainState
+from l2vit.train.throughput import PhaseClock
 from l2vit.train.watchdog import Watchdog
 
 CONFIG_NAME = "config.yaml"
@@ -87,8 +90,8 @@ class Run:
     clock: PhaseClock
     watchdog: Watchdog
     stop: StopSignal
-    pace: vitals.Pace
-    denominators: vitals.Denominators
+    pace: throughput.Pace
+    denominators: Denominators
     micro: list[MicroBatch]
     """The micro-batches of the step under way."""
     began: float
@@ -149,6 +152,7 @@ def open_run(config: TrainConfig) -> Iterator[Run | None]:
     world = distributed.start(
         distributed.from_environment(),
         timeout_seconds=max(1800.0, 4 * config.faults.hang_seconds),
+        run=config.run.dir,
     )
     with contextlib.ExitStack() as ending:  # each is closed whatever became of the one before
         ending.callback(distributed.stop)
@@ -183,7 +187,7 @@ def _prepare_directory(config: TrainConfig, world: World) -> Path:
             problem = UserError(f"run.dir: cannot write to {directory}: {error.strerror}")
         except UserError as error:
             problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
     return directory
 
 
@@ -218,32 +222,32 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
     manifest = _load_manifest(config, world)
     reader = to_continue(config, world, directory, manifest)
     state = TrainState.from_dict(reader.meta.state) if reader else TrainState(seed=config.run.seed)
-    split = batching.split(
+    shares = split(
         config.schedule.global_batch,
         world=world.size,
         micro_batch=config.engine.micro_batch,
-        multiple_of=mix_group(config),
+        multiple_of=mix_group(config.augment),
     )
     network = model.create(config, classes=len(manifest.classes))
     flops = 6 * _macs(network, config.data.input_size)
     if config.engine.auto_micro_batch and model.probes_memory(world):
-        split = model.fit_micro_batch(
-            network, config, split, world=world, classes=len(manifest.classes)
+        shares = model.fit_micro_batch(
+            network, config, shares, world=world, classes=len(manifest.classes)
         )
     if reader is not None:
         check_same_model(reader, network)
     elif config.init.source:
         _initialise(network, config, world, manifest, directory)
-    loader, mixer = _data(config, world, manifest, split, state, directory)
+    loader, mixer = _data(config, world, manifest, shares, state, directory)
     per_epoch = loader.order.steps_per_epoch
     schedule = Schedule.build(config.schedule, config.optim, steps_per_epoch=per_epoch)
     every = Intervals.build(config, per_epoch)
     evaluator = Evaluator(config, manifest, world=world, beat=clock.beat)
-    engine = Engine(network, config, world=world, split=split)
+    engine = Engine(network, config, world=world, split=shares)
     metrics = Metrics(
         directory, main=world.main, total_steps=schedule.total, resumed_step=state.step
     )
-    peak = vitals.peak_tflops(config.log, world.device) * 1e12 * world.size
+    peak = throughput.peak_tflops(config.log, world.device) * 1e12 * world.size
     run = Run(
         config=config,
         world=world,
@@ -263,11 +267,11 @@ def _assemble(config: TrainConfig, world: World, directory: Path, stop: StopSign
         clock=clock,
         watchdog=Watchdog(clock, world=world, limit=config.faults.hang_seconds),
         stop=stop,
-        pace=vitals.Pace(clock, config.schedule.global_batch, flops, peak),
-        denominators=vitals.Denominators(engine.module, world=world),
+        pace=throughput.Pace(clock, config.schedule.global_batch, flops, peak),
+        denominators=Denominators(engine.module, world=world),
         micro=[],
         began=began,
-        key_of=_namer(manifest),
+        key_of=ShardReader(Path(config.data.train), manifest).key_of,
     )
     if reader is not None:
         run.restore(reader)
@@ -285,22 +289,16 @@ def _load_manifest(config: TrainConfig, world: World) -> Manifest:
         manifest = Manifest.of_training(config.data)
     except UserError as error:
         problem = error
-    world.agree(problem)
+    world.raise_on_all_ranks(problem)
     assert manifest is not None
     return manifest
-
-
-def mix_group(config: TrainConfig) -> int:
-    """What must divide the micro-batch: mixing groups must not span ranks."""
-    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
-    return config.augment.mix_group if mixes else 1
 
 
 def _data(
     config: TrainConfig,
     world: World,
     manifest: Manifest,
-    split: batching.Split,
+    split: Split,
     state: TrainState,
     directory: Path,
 ) -> tuple[Any, Any]:
@@ -311,11 +309,9 @@ def _data(
         config.data,
         config.augment,
         manifest=manifest,
-        seed=config.run.seed,
+        split=split,
         rank=world.rank,
-        world=world.size,
-        micro_batch=split.micro_batch,
-        global_batch=config.schedule.global_batch,
+        seed=config.run.seed,
         device=world.device,
         images_seen=state.images_seen,
         bad_samples_log=directory / LOG_NAME,
@@ -358,17 +354,7 @@ def _initialise(
             print(report.summary(), flush=True)
     except UserError as error:
         problem = error
-    world.agree(problem)
-
-
-def _namer(manifest: Manifest) -> Any:
-    firsts = manifest.first_ids
-
-    def name(sample: int) -> str:
-        shard = int(np.searchsorted(firsts, sample, side="right")) - 1
-        return f"{manifest.shards[shard].name}#{sample - int(firsts[shard])}"
-
-    return name
+    world.raise_on_all_ranks(problem)
 
 
 def _announce(run: Run, reader: Reader | None) -> None:

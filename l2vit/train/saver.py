@@ -20,7 +20,7 @@ import torch
 from l2vit import console
 from l2vit.errors import UserError
 from l2vit.train import checkpoint
-from l2vit.train.checkpoint import CheckpointMeta, Part, Piece
+from l2vit.train.checkpoint import CheckpointMeta, Part, TensorSlice
 from l2vit.train.config import CheckpointConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
@@ -105,21 +105,21 @@ class Saver:
             self._save.thread.join()
         self.poll(self.world.sum([self.written])[0])
 
-    def _copy(self, engine: Engine) -> list[tuple[Piece, torch.Tensor]]:
+    def _copy(self, engine: Engine) -> list[tuple[TensorSlice, torch.Tensor]]:
         """This rank's tensors on the host; rank 0 takes the buffers, equal on all ranks."""
         copies = []
         for key, fragment, view in engine.tensors():
-            piece = Piece(key, fragment.shape, fragment.start, fragment.numel)
+            piece = TensorSlice(key, fragment.shape, fragment.start, fragment.numel)
             copies.append((piece, _to_host(view)))
         if self.world.main:
             for key, buffer in engine.buffers().items():
-                piece = Piece(key, tuple(buffer.shape), 0, buffer.numel())
+                piece = TensorSlice(key, tuple(buffer.shape), 0, buffer.numel())
                 copies.append((piece, _to_host(buffer)))
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return copies
 
-    def _write(self, save: _Save, pieces: list[tuple[Piece, torch.Tensor]]) -> None:
+    def _write(self, save: _Save, pieces: list[tuple[TensorSlice, torch.Tensor]]) -> None:
         name = checkpoint.part_name(self.world.rank, self.world.size)
         try:
             save.directory.mkdir(parents=True, exist_ok=True)

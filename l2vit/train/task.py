@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from l2vit.train.batching import Split
+from l2vit.data.order import Split
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
 

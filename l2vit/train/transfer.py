@@ -21,9 +21,14 @@ from l2vit import files
 from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
 from l2vit.models.host import resize_tables
-from l2vit.train import sources
 from l2vit.train.config import InitConfig
-from l2vit.train.sources import Source
+from l2vit.train.weights import (
+    PretrainedWeights,
+    architecture,
+    head_name,
+    read_pretrained,
+    require_fit,
+)
 
 Fate = Literal["loaded", "resized", "sliced", "initialised", "left out"]
 _REPORT = "transfer_report"
@@ -112,18 +117,18 @@ def load_initial(
             TensorFate(name, tuple(t.shape), "initialised", "from scratch")
             for name, t in own.items()
         ]
-        name = sources.architecture(model)
+        name = architecture(model)
         return TransferReport("", "", name, "fresh head", tuple(classes), "", tuple(fates))
-    name = sources.architecture(model)
-    source = sources.read(init.source, weights=init.weights, model=name, **_sizes(model))
+    name = architecture(model)
+    source = read_pretrained(init.source, weights=init.weights, model=name, **_sizes(model))
     _require_same_model(model, source)
-    head = sources.head_name(model)
+    head = head_name(model)
     skip = (f"{head}.",)
     try:
         weights, _ = resize_tables(source.weights, own)
     except ValueError as error:
         raise UserError(f"init.source {source.path} does not fit this run: {error}") from None
-    sources.require_fit(model, weights, where=f"init.source {source.path}", skip=skip)
+    require_fit(model, weights, where=f"init.source {source.path}", skip=skip)
     plan = plan_head(source, classes, init.head)
     fates = []
     with torch.no_grad():
@@ -139,7 +144,7 @@ def load_initial(
     return TransferReport(
         source=str(source.path),
         weights=source.which,
-        model=sources.architecture(model),
+        model=architecture(model),
         head=_name_classes(plan.sentence, missing, classes, class_names),
         missing_classes=missing,
         note=source.note,
@@ -163,8 +168,8 @@ def _body_fate(name: str, given: Tensor, tensor: Tensor) -> TensorFate:
     return TensorFate(name, shape, "resized", f"position table from {tuple(given.shape)}, bicubic")
 
 
-def _require_same_model(model: nn.Module, source: Source) -> None:
-    name = sources.architecture(model)
+def _require_same_model(model: nn.Module, source: PretrainedWeights) -> None:
+    name = architecture(model)
     # The same network may be registered once more for its larger input.
     if source.model.removesuffix("_384") != name.removesuffix("_384"):
         raise UserError(
@@ -173,7 +178,7 @@ def _require_same_model(model: nn.Module, source: Source) -> None:
         )
 
 
-def plan_head(source: Source, classes: Sequence[str], wish: str) -> _HeadPlan:
+def plan_head(source: PretrainedWeights, classes: Sequence[str], wish: str) -> _HeadPlan:
     """Decide for every class of the new run which row of the source's head it takes.
 
     Args:
@@ -210,7 +215,9 @@ def plan_head(source: Source, classes: Sequence[str], wish: str) -> _HeadPlan:
     return _HeadPlan((-1,) * count, "fresh", f"head of {count} classes initialised: {reason}")
 
 
-def _load_head_tensor(name: str, tensor: Tensor, source: Source, plan: _HeadPlan) -> TensorFate:
+def _load_head_tensor(
+    name: str, tensor: Tensor, source: PretrainedWeights, plan: _HeadPlan
+) -> TensorFate:
     shape = tuple(tensor.shape)
     if plan.kind == "fresh":
         return TensorFate(name, shape, "initialised", plan.sentence)
@@ -230,7 +237,9 @@ def _load_head_tensor(name: str, tensor: Tensor, source: Source, plan: _HeadPlan
     return TensorFate(name, shape, "sliced", why)
 
 
-def _left_out(source: Source, plan: _HeadPlan, skip: tuple[str, ...]) -> list[TensorFate]:
+def _left_out(
+    source: PretrainedWeights, plan: _HeadPlan, skip: tuple[str, ...]
+) -> list[TensorFate]:
     if plan.kind != "fresh":
         return []
     return [

@@ -21,8 +21,9 @@ from types import FrameType
 import torch.distributed as dist
 
 from l2vit import console
-from l2vit.train.clock import PhaseClock, Place
+from l2vit.train import rendezvous
 from l2vit.train.distributed import World
+from l2vit.train.throughput import PhaseClock, Place
 
 EXIT_STATUS = 1
 _ANSWER = datetime.timedelta(seconds=5)
@@ -94,9 +95,16 @@ class Watchdog:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         server = None
         if self._world.main:
-            server = dist.TCPStore(host, 0, None, True, _ANSWER, wait_for_workers=False)
+            fd = rendezvous.listen("" if self._across_hosts(host) else host).detach()
+            server = dist.TCPStore(
+                host, 0, None, True, _ANSWER, wait_for_workers=False, master_listen_fd=fd
+            )
         port = self._world.broadcast(server.port if server is not None else 0)
         return server or dist.TCPStore(host, port, None, False, _ANSWER, wait_for_workers=False)
+
+    def _across_hosts(self, host: str) -> bool:
+        """Whether ``host`` is a loopback address although there are other hosts."""
+        return self._world.size > self._world.local_size and rendezvous.is_loopback(host)
 
     def _beats(self, beat: float) -> Iterator[tuple[Place, float]]:
         """Every ``beat`` seconds, where the rank is and how long it has stood there.

@@ -15,8 +15,9 @@ from photo_shards import write_shards
 
 from l2vit.data import host_ops
 from l2vit.data.bad_samples import BadSampleLog
-from l2vit.data.config import AugmentConfig, DataConfig
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
 from l2vit.data.loaders import eval_loader, train_loader
+from l2vit.data.order import Split
 from l2vit.data.shards import BadSample, ShardReader, _may_open
 from l2vit.errors import UserError
 
@@ -49,11 +50,9 @@ def make(shards, backend, log=None, limit=3, threads=1):
         ),
         PLAIN,
         manifest=shards.manifest,
-        seed=4,
+        split=Split(15, 1, 4),
         rank=2,
-        world=4,
-        micro_batch=15,
-        global_batch=60,
+        seed=4,
         device=torch.device("cpu"),
         bad_samples_log=log,
     )
@@ -139,18 +138,10 @@ def test_a_file_replaced_under_its_reader_is_opened_again(shards, monkeypatch):
 
 def evaluation(shards, backend):
     return eval_loader(
-        shards.directory,
-        backend=backend,
-        input_size=32,
-        crop_fraction=0.875,
-        crop_mode="center",
-        mean=PLAIN.mean,
-        std=PLAIN.std,
-        threads=1,
-        prefetch=2,
-        rank=0,
-        world=1,
-        batch=8,
+        EvalSetConfig(str(shards.directory)),
+        DataConfig(backend=backend, input_size=32, threads=1),
+        EvalConfig(batch=8),
+        PLAIN,
         device=torch.device("cpu"),
     )
 
@@ -238,7 +229,7 @@ def test_more_shards_than_may_be_open(shards, monkeypatch):
         reader.announce(np.array([sample]))
         found = reader.read(sample)
         assert (found.image, found.label) == (shards.images[sample], shards.labels[sample])
-        assert reader.key(sample) == shards.keys[sample] and len(reader._open) <= 2
+        assert reader.key_of(sample) == shards.keys[sample] and len(reader._open) <= 2
 
 
 @pytest.mark.parametrize(

@@ -144,3 +144,16 @@ def test_hashes_must_agree():
     labels.require_same(one, one, what="x")
     with pytest.raises(UserError, match="checkpoint and manifest"):
         labels.require_same(one, other, what="checkpoint and manifest")
+
+
+def test_the_evaluation_sets_choose_among_the_1k_classes():
+    known = set(labels.class_list("imagenet1k"))
+    for name in ("imagenet-a", "imagenet-r"):
+        table = labels.evaluation_classes(name)
+        assert len(table) == 200 and set(table) < known and list(table) == sorted(table)
+    real = labels.real_labels()
+    assert len(real) == 50_000 and max(row for rows in real for row in rows) == 999
+    assert labels.usual_classes(1000) == labels.class_list("imagenet1k")
+    assert labels.usual_classes(10) == ()
+    assert labels.known_names(["n01440764"]) == ("tench, Tinca tinca",)
+    assert labels.known_names(["n01440764", "mine"]) == ()

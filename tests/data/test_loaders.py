@@ -17,9 +17,18 @@ from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
 from l2vit.data import loaders
-from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig, SubsetConfig
+from l2vit.data.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentConfig,
+    DataConfig,
+    EvalConfig,
+    EvalSetConfig,
+    SubsetConfig,
+)
 from l2vit.data.dali_loader import build_graph
 from l2vit.data.loaders import eval_loader, train_loader
+from l2vit.data.order import split
 from l2vit.errors import ConfigError, UserError
 from l2vit.launch import processes
 
@@ -34,11 +43,9 @@ def make_train(shards, backend, *, augment=None, rank=0, world=1, micro=16, seen
         DataConfig(train=str(shards.directory), backend=backend, **settings),
         augment or AugmentConfig(),
         manifest=shards.manifest,
-        seed=11,
+        split=split(GLOBAL, world=world, micro_batch=micro),
         rank=rank,
-        world=world,
-        micro_batch=micro,
-        global_batch=GLOBAL,
+        seed=11,
         device=CPU,
         images_seen=seen,
     )
@@ -228,18 +235,12 @@ def make_eval(
     shards, backend, mode="center", fraction=0.875, rank=0, world=1, batch=4, size=64, prefetch=2
 ):
     return eval_loader(
-        shards.directory,
-        backend=backend,
-        input_size=size,
-        crop_fraction=fraction,
-        crop_mode=mode,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        threads=1,
-        prefetch=prefetch,
+        EvalSetConfig(str(shards.directory)),
+        DataConfig(backend=backend, input_size=size, threads=1, prefetch=prefetch),
+        EvalConfig(batch=batch, crop_fraction=fraction, crop_mode=mode),
+        PLAIN,
         rank=rank,
         world=world,
-        batch=batch,
         device=CPU,
     )
 
@@ -260,11 +261,12 @@ import torch
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.loaders import train_loader
 from l2vit.data.manifest import Manifest
+from l2vit.data.order import Split
 directory, rank = sys.argv[1], int(sys.argv[2])
 loader = train_loader(
     DataConfig(train=directory, backend="host", threads=0, input_size=32), AugmentConfig(),
-    manifest=Manifest.load(Path(directory)), seed=11, rank=rank, world=2, micro_batch=8,
-    global_batch=16, device=torch.device("cpu"))
+    manifest=Manifest.load(Path(directory)), split=Split(8, 1, 2), rank=rank,
+    seed=11, device=torch.device("cpu"))
 for _ in range(3):
     print(*next(loader).sample_ids)
 """
@@ -483,7 +485,7 @@ def test_evaluations_that_cannot_be_are_refused_when_a_run_begins(shards, backen
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(shards):
-    with pytest.raises(ConfigError, match=r"16 is not a multiple of 3 ranks"):
+    with pytest.raises(ConfigError, match=r"16 cannot be divided over 3 ranks"):
         make_train(shards, "host", world=3, micro=1)
     with pytest.raises(UserError, match="not a multiple of the global batch"):
         make_train(shards, "host", seen=8)

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from l2vit.data.order import SampleOrder, Share
+from l2vit.data.config import AugmentConfig
+from l2vit.data.order import SampleOrder, Share, Split, halve, mix_group, split
 from l2vit.data.philox import permutation, philox4x32, uniforms
 from l2vit.data.plan import EvalPlan, TrainPlan
 from l2vit.errors import ConfigError, UserError
@@ -72,21 +73,21 @@ def test_world_micro_batch_accumulation_and_resume_share_one_sequence():
     reference = np.concatenate([order.epoch_ids(epoch) for epoch in range(3)])
     for world, micro in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 16)):
         if 16 % (world * micro):
-            with pytest.raises(ConfigError, match="multiple"):
-                Share(0, world, micro, 16)
+            with pytest.raises(ConfigError, match="divide"):
+                split(16, world=world, micro_batch=micro)
             continue
         for first_step in (0, 1, order.steps_per_epoch - 1, order.steps_per_epoch, 40):
             found = np.full(len(reference), -1)
             for rank in range(world):
-                share = Share(rank, world, micro, 16)
+                share = Share(rank, split(16, world=world, micro_batch=micro))
                 plan = TrainPlan(order, share, first_step * 16)
-                for number in range((steps - first_step) * share.accumulation):
+                for number in range((steps - first_step) * share.split.accumulation):
                     work = plan.work(number)
                     assert len(work.ids) == micro
                     at = work.epoch * order.steps_per_epoch * 16 + work.positions
                     assert (found[at] == -1).all()
                     found[at] = work.ids
-                    assert number // share.accumulation + first_step == at[0] // 16
+                    assert number // share.split.accumulation + first_step == at[0] // 16
             np.testing.assert_array_equal(found[first_step * 16 :], reference[first_step * 16 :])
 
 
@@ -167,3 +168,12 @@ def test_the_plan_of_imagenet22k_is_small():
     plan = order._plan_of(7)
     assert plan.starts.nbytes + plan.ends.nbytes < 2e6
     assert len(set(order.batch_ids(4096 * 12345).tolist())) == 4096
+
+
+def test_groups_bind_the_micro_batch_only_where_samples_are_mixed():
+    """A share of 3 that ran out of memory used to be given up for a mixing group of 2."""
+    mixed, plain = AugmentConfig(), AugmentConfig(mixup=0.0, cutmix=0.0)
+    assert (mix_group(mixed), mix_group(plain)) == (2, 1)
+    assert mix_group(AugmentConfig(mixup=0.0, mix_group=4)) == 4
+    share = split(6, world=2, multiple_of=mix_group(plain))
+    assert halve(share, multiple_of=mix_group(plain)) == Split(1, 3, 2)

@@ -18,7 +18,7 @@ from l2vit.config import from_tree
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.draws import Drawer
 from l2vit.data.loaders import train_loader
-from l2vit.data.order import SampleOrder, Share
+from l2vit.data.order import SampleOrder, Share, Split
 from l2vit.data.plan import TrainPlan
 from l2vit.data.stream import StreamTrainSet, address
 from l2vit.errors import ConfigError, UserError
@@ -42,11 +42,9 @@ def make(shards, *, rank=0, world=1, threads=0, seen=0, limit=10, log=None, **op
         ),
         AugmentConfig(auto_augment="", erase_prob=0.0),
         manifest=shards.manifest,
-        seed=2,
+        split=Split(4, 1, world),
         rank=rank,
-        world=world,
-        micro_batch=4,
-        global_batch=4 * world,
+        seed=2,
         device=torch.device("cpu"),
         images_seen=seen,
         bad_samples_log=log,
@@ -82,7 +80,7 @@ def stream_set(shards, *, seen=0, buffer=1):
         url=f"pipe:cat {shards.directory}/{{shard}}",
         directory=shards.directory,
         manifest=shards.manifest,
-        plan=TrainPlan(order, Share(0, 1, 4, 4), seen),
+        plan=TrainPlan(order, Share(0, Split(4, 1, 1)), seen),
         augment=augment,
         drawer=Drawer(augment, input_size=8, seed=0),
         input_size=8,

@@ -16,7 +16,7 @@ import data_prep.gather
 import data_prep.scan
 import data_prep.shards
 from data_prep.__main__ import main
-from data_prep.pool import each
+from data_prep.pool import parallel_map
 from l2vit.errors import UserError
 
 
@@ -231,7 +231,7 @@ def torn_at_three(_, task):
 
 def test_a_worker_killed_while_it_answers_is_a_clear_error():
     with pytest.raises(UserError, match="worker was killed"):
-        list(each(torn_at_three, None, range(8), 2))
+        list(parallel_map(torn_at_three, None, range(8), 2))
     assert not multiprocessing.active_children()
 
 
@@ -242,10 +242,10 @@ def failing_at_three(_, task):
 
 
 def test_work_is_done_once_and_an_error_ends_it():
-    assert dict(each(torn_at_three, None, [0, 1, 2], 5)) == {0: 0, 1: 1, 2: 2}
+    assert dict(parallel_map(torn_at_three, None, [0, 1, 2], 5)) == {0: 0, 1: 1, 2: 2}
     done = []
     with pytest.raises(ZeroDivisionError, match="in a worker") as raised:
-        done.extend(each(failing_at_three, None, range(50), 3))
+        done.extend(parallel_map(failing_at_three, None, range(50), 3))
     assert "failing_at_three" in raised.value.__notes__[0], "where it happened"
     assert not multiprocessing.active_children()
 
@@ -327,6 +327,6 @@ def test_workers_leave_the_garbage_of_their_parent_alone():
     gc.disable()
     try:
         OfTheParent()
-        assert sorted(each(collect, None, [1, 2, 3], 2)) == [(1, 1), (2, 2), (3, 3)]
+        assert sorted(parallel_map(collect, None, [1, 2, 3], 2)) == [(1, 1), (2, 2), (3, 3)]
     finally:
         gc.enable()

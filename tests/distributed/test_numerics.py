@@ -97,7 +97,7 @@ def engine_loop(world, cases):
 
 
 def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.0):
-    from l2vit.train.batching import split
+    from l2vit.data.order import split
     from l2vit.train.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig
     from l2vit.train.engine import Engine
 

@@ -50,25 +50,17 @@ def plain_evaluation(weights, directory):
     """Mean cross-entropy over the whole set, in fp32, in this process."""
     from small_net import SmallNet
 
-    from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
+    from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
     from l2vit.data.loaders import eval_loader
 
     model = SmallNet(num_classes=4)
     model.load_state_dict(weights)
     model.eval()
     loader = eval_loader(
-        directory,
-        backend="host",
-        input_size=16,
-        crop_fraction=1.0,
-        crop_mode="center",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        threads=0,
-        prefetch=1,
-        rank=0,
-        world=1,
-        batch=5,
+        EvalSetConfig(str(directory)),
+        DataConfig(backend="host", input_size=16, threads=0),
+        EvalConfig(batch=5, crop_fraction=1.0),
+        AugmentConfig(),
         device=torch.device("cpu"),
     )
     total, count = 0.0, 0

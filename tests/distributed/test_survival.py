@@ -9,7 +9,9 @@ import torch
 from forked_ranks import Ranks
 from small_runs import losses, records, settings, train
 
-from l2vit.train import checkpoint, faults, watchdog
+from l2vit.data.manifest import Manifest
+from l2vit.data.shards import ShardReader
+from l2vit.train import checkpoint, guards, watchdog
 from l2vit.train.checkpoint import Reader
 
 
@@ -31,7 +33,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_asks_to_be_run_again(number, shar
     ranks = Ranks(train, 2, path, directory=tmp_path, raw=True)
     wait_for_step(run, 3, ranks)
     ranks.kill(1, number)
-    assert ranks.wait() == [faults.STOPPED] * 2, ranks.log(0)[-2000:]
+    assert ranks.wait() == [guards.STOPPED] * 2, ranks.log(0)[-2000:]
     (saved,) = checkpoint.complete_steps(run)
     assert max(losses(run)) == saved >= 3
     assert not (run / "DONE").exists()
@@ -76,11 +78,14 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(in_gradient, shards, 
     ), "a skipped step held up the schedule"
     assert lines[-1]["skipped_steps"] == 2
     assert Reader(checkpoint.find(run)).meta.state["applied_steps"] == 6
-    named = [json.loads(line) for line in (run / faults.NONFINITE).open()]
+    named = [json.loads(line) for line in (run / guards.NONFINITE).open()]
     assert {entry["step"] for entry in named} == {6, 7}
     if not in_gradient:
         assert {entry["rank"] for entry in named} == {1}
-    assert all("shard-" in key for entry in named for key in entry["keys"])
+    reader = ShardReader(shards / "train", Manifest.load(shards / "train"))
+    for entry in named:
+        assert entry["keys"] == [reader.key_of(i) for i in entry["sample_ids"]]
+        assert not any("#" in key for key in entry["keys"]), "what an index cannot name"
 
 
 def schedule_rate(i, peak=5e-3, lowest=1e-6, warmup=4, total=8):
@@ -285,9 +290,9 @@ def test_a_spike_rolls_back_and_skips_its_samples(shards, tmp_path):
     assert list(losses(run)) == list(range(1, 33)), "the curve has gaps or double entries"
     from PIL import Image
 
-    with Image.open(run / faults.SPIKES / "step-00000027.png") as sheet:
-        assert sheet.size == (4 * 16, 4 * 16)
-    listed = json.loads((run / faults.SPIKES / "step-00000027.json").read_text())
+    with Image.open(run / guards.SPIKES / "step-00000027.png") as sheet:
+        assert sheet.size == (8 * 16, 2 * 16), "16 pictures in rows of 8"
+    listed = json.loads((run / guards.SPIKES / "step-00000027.json").read_text())
     assert len(listed["sample_ids_by_rank"]) == 2
 
 

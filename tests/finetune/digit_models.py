@@ -16,7 +16,7 @@ import l2vit  # noqa: F401
 from l2vit import config as configuration
 from l2vit.data.manifest import Manifest, Shard
 from l2vit.train import checkpoint
-from l2vit.train.checkpoint import CheckpointMeta, Piece
+from l2vit.train.checkpoint import CheckpointMeta, TensorSlice
 from l2vit.train.config import TrainConfig
 
 WNIDS = tuple(f"n9000000{digit}" for digit in range(10))
@@ -132,12 +132,14 @@ def write_checkpoint(
             flat = tensor.detach().reshape(-1)
             if key.startswith("buffer/"):
                 if rank == 0:
-                    listed.append((Piece(key, tuple(tensor.shape), 0, len(flat)), flat))
+                    listed.append((TensorSlice(key, tuple(tensor.shape), 0, len(flat)), flat))
                 continue
             edges = [len(flat) * r // world for r in range(world + 1)]
             run_of = flat[edges[rank] : edges[rank + 1]]
             if len(run_of):
-                listed.append((Piece(key, tuple(tensor.shape), edges[rank], len(run_of)), run_of))
+                listed.append(
+                    (TensorSlice(key, tuple(tensor.shape), edges[rank], len(run_of)), run_of)
+                )
         parts.append(checkpoint.write_part(directory / checkpoint.part_name(rank, world), listed))
     meta = CheckpointMeta(
         step=step,

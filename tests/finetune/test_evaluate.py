@@ -13,7 +13,7 @@ from timm.utils import accuracy
 
 from finetune import datasets, evaluate
 from finetune.scores import Scores
-from l2vit.train import sources
+from l2vit.train.weights import read_pretrained
 
 
 def run_evaluate(tmp_path, model, data, *flags):
@@ -209,7 +209,7 @@ def test_real_labels_equal_timms(tmp_path, digits):
 
 def test_imagenet_label_sets_through_timms_tables(tmp_path, digits):
     run, classes = imagenet_source(tmp_path)
-    source = sources.read(run)
+    source = read_pretrained(run)
     subset = pkgutil.get_data("timm.data", "_info/imagenet_r_indices.txt").decode().split()
     chosen = [classes[int(i)] for i in subset]
     for label_set, names in (("imagenet-r", chosen[:3]), ("imagenet-v2", ["0", "7", "999"])):

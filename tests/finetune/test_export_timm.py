@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune import export_timm, verification
 from l2vit.errors import UserError
-from l2vit.train import checkpoint, sources
+from l2vit.train import checkpoint
+from l2vit.train.weights import read_pretrained
 
 FRESH = """
 import sys, json, io, glob
@@ -78,7 +79,7 @@ def test_what_the_directory_holds(exported, run, model):
 
 
 def test_reading_the_export_back_gives_the_same_source(exported, run):
-    first, again = sources.read(run), sources.read(exported)
+    first, again = read_pretrained(run), read_pretrained(exported)
     assert (again.model, again.model_args, again.classes) == (
         first.model,
         first.model_args,
@@ -106,7 +107,7 @@ def test_refused_where_the_exported_model_differs(run, tmp_path, monkeypatch, ca
 
 
 def test_refused_where_the_weights_differ_a_little(exported, run, same_process):
-    source = sources.read(run)
+    source = read_pretrained(run)
     samples, _ = export_timm.proof_samples(source, None, 4)
     changed = make_model()
     with torch.no_grad():
@@ -179,7 +180,7 @@ def test_a_checkpoint_pruned_while_it_was_read_is_read_again(tmp_path, model, mo
         return real(directory, which)
 
     monkeypatch.setattr(checkpoint, "read_weights", pruned_meanwhile)
-    assert sources.read(run).training["step"] == 6
+    assert read_pretrained(run).training["step"] == 6
 
 
 def test_no_ema_is_said(run, tmp_path, capfd):
@@ -252,7 +253,7 @@ def test_what_timm_itself_saves_is_read(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["model_args"] = {"window_size": 4, "num_classes": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    source = sources.read(tmp_path)
+    source = read_pretrained(tmp_path)
     assert source.model_args == {"window_size": 4} and source.num_classes == 5
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():

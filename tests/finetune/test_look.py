@@ -11,7 +11,7 @@ from torch import nn
 from finetune import look, maps
 from l2vit.errors import UserError
 from l2vit.models.layers import LinearAttention, WindowAttention
-from l2vit.train import sources
+from l2vit.train.weights import read_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_the_program_leaves_pictures_and_tensorboard(run, shards, tmp_path, capf
 
 
 def test_class_to_explain_by_wnid_name_or_number(run, shards, tmp_path, capfd):
-    source = sources.read(run)
+    source = read_pretrained(run)
     for wanted in ("n90000004", "four", "4"):
         assert look._wanted(source, wanted, 2).tolist() == [4, 4]
     base = ["--model", str(run), "--images", str(shards), "--count", "1", "--out", str(tmp_path)]

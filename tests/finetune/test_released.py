@@ -10,9 +10,9 @@ from digit_models import make_model, write_checkpoint
 
 from finetune import evaluate, export_timm
 from l2vit.errors import UserError
-from l2vit.train import sources
 from l2vit.train.config import InitConfig
 from l2vit.train.transfer import load_initial
+from l2vit.train.weights import read_pretrained
 
 
 def inline_deit(classes=12):
@@ -174,7 +174,7 @@ def test_a_released_file_is_evaluated_by_name(tmp_path, folders):
 
 def test_a_thousand_outputs_are_imagenets(tmp_path):
     file = released_deit(tmp_path / "inline.pth", inline_deit(classes=1000))
-    source = sources.read(file, model="inline_deit_tiny", input_size=64)
+    source = read_pretrained(file, model="inline_deit_tiny", input_size=64)
     assert source.classes[0] == "n01440764" and source.classes[850] == "n04399382"
     assert source.class_names[850].startswith("teddy")
     assert "sorted wnids" in source.note
@@ -194,7 +194,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, capfd):
     file = tmp_path / "l2vit.pth"
     torch.save({"model": make_model().state_dict()}, file)
     try:
-        sources.read(file, model="inline_deit_tiny")
+        read_pretrained(file, model="inline_deit_tiny")
     except UserError as error:
         assert "inline_deit_tiny" in str(error)
     else:

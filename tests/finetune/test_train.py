@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from finetune import evaluate, export_timm, train
 from l2vit.config import load
-from l2vit.train import checkpoint, sources
+from l2vit.train import checkpoint
 from l2vit.train import run as training_run
 from l2vit.train.config import TrainConfig
 from l2vit.train.param_groups import param_groups
 from l2vit.train.schedule import Schedule
+from l2vit.train.weights import read_pretrained
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
@@ -117,7 +118,7 @@ def test_a_model_of_each_family_goes_the_same_way(name, tmp_path, shards, same_p
     arguments = ["--checkpoint", str(run), "--out", str(out), "--weights", "raw"]
     assert export_timm.main([*arguments, "--proof-images", "8"]) == 0
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    trained = sources.read(run, weights="raw").build().eval()
+    trained = read_pretrained(run, weights="raw").build().eval()
     start = timm.create_model(name, num_classes=10, img_size=32, window_size=2)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

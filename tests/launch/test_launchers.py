@@ -148,11 +148,12 @@ def test_srun_tasks_become_ranks(project):
     ],
 )
 def test_a_wrong_configuration_costs_no_launch(project, arguments, message, monkeypatch, capsys):
+    from l2vit.launch import __main__ as program
     from l2vit.launch import supervisor
 
     monkeypatch.chdir(project.root)
     monkeypatch.setattr(supervisor.Supervisor, "run", lambda *_: pytest.fail("launched"))
-    assert supervisor.main(["launch/pretrain.sh", *arguments]) == 2
+    assert program.main(["launch/pretrain.sh", *arguments]) == 2
     output = capsys.readouterr()
     assert len(output.err.splitlines()) == 1 and message in output.err
     assert output.out == ""

@@ -10,8 +10,8 @@ import torch
 
 import l2vit  # noqa: F401
 from l2vit import config
+from l2vit.data.order import split
 from l2vit.plan.memory import checkpoint_bytes, per_rank
-from l2vit.train.batching import split
 from l2vit.train.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

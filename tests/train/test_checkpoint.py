@@ -10,7 +10,7 @@ import torch
 
 from l2vit.errors import UserError
 from l2vit.train import checkpoint
-from l2vit.train.checkpoint import CheckpointMeta, DamagedCheckpoint, Piece, Reader
+from l2vit.train.checkpoint import CheckpointMeta, DamagedCheckpoint, Reader, TensorSlice
 from l2vit.train.config import CheckpointConfig
 from l2vit.train.distributed import World
 from l2vit.train.saver import Saver
@@ -50,7 +50,7 @@ def write(run, step, world=3, **changes):
             flat = tensor.reshape(-1)
             low, high = (len(flat) * (rank + i) // world for i in (0, 1))
             if low < high:
-                piece = Piece(key, tuple(tensor.shape), low, high - low)
+                piece = TensorSlice(key, tuple(tensor.shape), low, high - low)
                 pieces.append((piece, flat[low:high].clone()))
         name = checkpoint.part_name(rank, world)
         parts.append(checkpoint.write_part(directory / name, pieces))

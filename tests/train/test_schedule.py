@@ -8,8 +8,9 @@ import timm
 import torch
 
 import l2vit  # noqa: F401
+from l2vit.data import order
 from l2vit.errors import ConfigError
-from l2vit.train import batching, param_groups
+from l2vit.train import param_groups
 from l2vit.train.config import OptimConfig, ScheduleConfig
 from l2vit.train.schedule import Duration, Schedule, interval_of
 
@@ -102,22 +103,22 @@ def test_impossible_lengths_are_refused():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_possible_split_is_listed(world):
-    listed = batching.possible(48, world=world, multiple_of=2)
+    listed = order.possible(48, world=world, multiple_of=2)
     brute = [
         (m, a) for m in range(48, 0, -1) for a in range(1, 49) if m * a * world == 48 and m % 2 == 0
     ]
     assert [(s.micro_batch, s.accumulation) for s in listed] == brute
-    assert batching.split(48, world=world, multiple_of=2) == listed[0]
+    assert order.split(48, world=world, multiple_of=2) == listed[0]
 
 
 def test_an_impossible_split_lists_the_possible_ones():
     with pytest.raises(ConfigError, match="24×1, 12×2, 8×3, 6×4"):
-        batching.split(48, world=2, micro_batch=5)
+        order.split(48, world=2, micro_batch=5)
     with pytest.raises(ConfigError, match="the nearest that can is 50"):
-        batching.split(48, world=5)
-    smaller = batching.halve(batching.split(48, world=2), multiple_of=2)
-    assert smaller == batching.Split(12, 2, 2)
-    assert batching.halve(batching.Split(2, 12, 2), multiple_of=2) is None
+        order.split(48, world=5)
+    smaller = order.halve(order.split(48, world=2), multiple_of=2)
+    assert smaller == order.Split(12, 2, 2)
+    assert order.halve(order.Split(2, 12, 2), multiple_of=2) is None
 
 
 def test_vectors_do_not_decay():

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from l2vit.data.batch import Batch
+from l2vit.data.config import EvalSetConfig
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import distributed, faults, metrics, model, report, vitals, watchdog
-from l2vit.train.clock import PhaseClock, Place
+from l2vit.train import distributed, guards, metrics, model, report, throughput, watchdog
 from l2vit.train.config import (
-    EvalSetConfig,
     FaultsConfig,
     LogConfig,
     ModelConfig,
@@ -21,10 +20,11 @@ from l2vit.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from l2vit.train.denominators import Denominators
 from l2vit.train.distributed import World
-from l2vit.train.evaluate import evaluate
-from l2vit.train.evaluator import Evaluator, _Set, class_columns
+from l2vit.train.evaluation import Evaluator, _Set, class_columns, evaluate
 from l2vit.train.state import TrainState
+from l2vit.train.throughput import PhaseClock, Place
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
 
@@ -161,26 +161,26 @@ def test_skipped_steps_are_counted_in_a_row(tmp_path):
     state = TrainState()
     options = {"limit": 2, "run": tmp_path}
     for applied, in_row in ((False, 1), (False, 2), (True, 0), (False, 1)):
-        faults.count_skipped(state, applied=applied, scaling=False, **options)
+        guards.count_skipped(state, applied=applied, scaling=False, **options)
         assert state.skipped_in_row == in_row
     for _ in range(9):  # fp16 looking for its loss scale is no fault
-        faults.count_skipped(state, applied=False, scaling=True, **options)
-    faults.count_skipped(state, applied=False, scaling=False, **options)
+        guards.count_skipped(state, applied=False, scaling=True, **options)
+    guards.count_skipped(state, applied=False, scaling=False, **options)
     with pytest.raises(UserError, match=r"3 steps in a row.*optim\.lr"):
-        faults.count_skipped(state, applied=False, scaling=False, **options)
+        guards.count_skipped(state, applied=False, scaling=False, **options)
     assert state.skipped_steps == 14
 
 
 def test_a_spike_is_far_above_the_running_median():
     state, config = TrainState(), FaultsConfig(spike_factor=3.0)
-    assert not faults.is_spike(50.0, state, config), "too early to tell"
-    for _ in range(faults.SPIKE_WARMUP):
-        assert not faults.is_spike(2.0, state, config)
-    assert not faults.is_spike(5.9, state, config)
-    assert faults.is_spike(6.1, state, config)
-    assert faults.is_spike(6.1, state, config), "a spike must not raise the median"
-    assert not faults.is_spike(float("nan"), state, config)
-    assert not faults.is_spike(1e9, state, FaultsConfig())
+    assert not guards.is_spike(50.0, state, config), "too early to tell"
+    for _ in range(guards.SPIKE_WARMUP):
+        assert not guards.is_spike(2.0, state, config)
+    assert not guards.is_spike(5.9, state, config)
+    assert guards.is_spike(6.1, state, config)
+    assert guards.is_spike(6.1, state, config), "a spike must not raise the median"
+    assert not guards.is_spike(float("nan"), state, config)
+    assert not guards.is_spike(1e9, state, FaultsConfig())
 
 
 def test_the_rank_that_came_least_far_is_the_cause():
@@ -204,7 +204,7 @@ def test_a_machine_that_was_suspended_is_no_hang(monkeypatch):
         now[0] += next(waits, 0.0)
         return now[0] > 64
 
-    for module in ("l2vit.train.clock.time", "l2vit.train.watchdog.time"):
+    for module in ("l2vit.train.throughput.time", "l2vit.train.watchdog.time"):
         monkeypatch.setattr(module, SimpleNamespace(monotonic=lambda: now[0]))
     clock._since = 0.0
     monkeypatch.setattr(dog, "_stop", SimpleNamespace(wait=wait))
@@ -310,7 +310,7 @@ def test_denominators_are_counted_by_layer(tmp_path):
     with torch.no_grad():
         model(images)
     expected = {name: 100 * (torch.cat(v) < 100).double().mean() for name, v in seen.items()}
-    denominators = vitals.Denominators(model, world=ALONE)
+    denominators = Denominators(model, world=ALONE)
     door = metrics.Metrics(tmp_path, main=True, total_steps=1)
     with denominators.watch(), torch.no_grad():
         model(images)
@@ -323,8 +323,8 @@ def test_denominators_are_counted_by_layer(tmp_path):
 
 
 def test_the_peak_of_a_device_can_be_given():
-    assert vitals.peak_tflops(LogConfig(peak_tflops=12.5), torch.device("cpu")) == 12.5
-    assert vitals.peak_tflops(LogConfig(), torch.device("cpu")) == 0.0
+    assert throughput.peak_tflops(LogConfig(peak_tflops=12.5), torch.device("cpu")) == 12.5
+    assert throughput.peak_tflops(LogConfig(), torch.device("cpu")) == 0.0
 
 
 def test_state_survives_json():

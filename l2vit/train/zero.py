@@ -22,7 +22,7 @@ Reader = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Fragment:
+class ZeroShard:
     """A run of one parameter's elements owned by this rank."""
 
     name: str
@@ -48,7 +48,7 @@ def flat_masters(zero: Any) -> list[torch.Tensor]:
     return [tensor for group in zero.optimizer.param_groups for tensor in group["params"]]
 
 
-def own_fragments(model: nn.Module, zero: Any, rank: int) -> list[Fragment]:
+def own_fragments(model: nn.Module, zero: Any, rank: int) -> list[ZeroShard]:
     """This rank's fragments of the trainable parameters of ``model``.
 
     Args:
@@ -63,7 +63,7 @@ def own_fragments(model: nn.Module, zero: Any, rank: int) -> list[Fragment]:
         place = _stage3(parameter, zero, rank) if is_stage3(parameter) else _stage12(parameter)
         if place is not None:
             start, numel, flat, offset = place
-            found.append(Fragment(name, full_shape(parameter), start, numel, flat, offset))
+            found.append(ZeroShard(name, full_shape(parameter), start, numel, flat, offset))
     return found
 
 

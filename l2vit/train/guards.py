@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from l2vit.data.config import AugmentConfig
+from l2vit.data.contact_sheet import contact_sheet, to_bytes
 from l2vit.errors import UserError
 from l2vit.train.config import FaultsConfig
 from l2vit.train.distributed import World
@@ -149,13 +151,14 @@ def save_spike(
     """
     share = max(1, _SHEET_IMAGES // world.size)
     images = torch.cat([m.images for m in micro if m.images is not None])[:share]
-    pixels = _to_bytes(images, augment)
+    pixels = to_bytes(images, augment.mean, augment.std)
     ids = [m.sample_ids.tolist() for m in micro]
     gathered = world.gather((pixels, ids))
     path = run / SPIKES / f"step-{state.step:08d}.png"
     if world.main:
         path.parent.mkdir(exist_ok=True)
-        _sheet(np.concatenate([part for part, _ in gathered]), path)
+        sheet = contact_sheet(np.concatenate([part for part, _ in gathered]))
+        Image.fromarray(sheet).save(path)
         listed = {
             "step": state.step,
             "images_seen": state.images_seen,
@@ -163,24 +166,3 @@ def save_spike(
         }
         path.with_suffix(".json").write_text(json.dumps(listed) + "\n")
     return path
-
-
-def _to_bytes(images: torch.Tensor, augment: AugmentConfig) -> np.ndarray:
-    """(B, 3, H, W) normalised to (B, H, W, 3) uint8."""
-    mean = torch.tensor(augment.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(augment.std, device=images.device).view(1, 3, 1, 1)
-    pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255)
-    return pixels.byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _sheet(images: np.ndarray, path: Path) -> None:
-    from PIL import Image
-
-    count, height, width, _ = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * height, i % columns * width
-        sheet[y : y + height, x : x + width] = image
-    Image.fromarray(sheet).save(path)
