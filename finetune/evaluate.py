@@ -25,9 +25,10 @@ from l2vit import cli, files
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
 from l2vit.data.loaders import eval_loader
 from l2vit.errors import ConfigError
+from l2vit.models.padding import padding_warnings
 from l2vit.train.distributed import World
 from l2vit.train.evaluation import evaluate as tally
-from l2vit.train.transfer import padding_warnings
+from l2vit.train.evaluation import restricted
 from l2vit.train.weights import Preprocessing, PretrainedWeights, read_pretrained
 
 _NAME = "finetune evaluate"
@@ -131,19 +132,14 @@ def _loader(dataset: Dataset, preprocessing: Preprocessing, setting: Setting) ->
 
 def _forward(model: nn.Module, dataset: Dataset, setting: Setting) -> Callable[[Tensor], Tensor]:
     dtype = _PRECISIONS[setting.precision]
-    columns = None
-    if dataset.columns is not None:
-        columns = torch.tensor(dataset.columns, device=setting.device)
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(setting.device.type, dtype, enabled=dtype is not None):
-            logits = model(images).float()
-        if columns is None:
-            return logits
-        chosen = logits[:, columns.clamp(min=0)]
-        return chosen.masked_fill(columns < 0, torch.finfo(chosen.dtype).min)
+            return model(images).float()
 
-    return forward
+    if dataset.columns is None:
+        return forward
+    return restricted(forward, torch.tensor(dataset.columns, device=setting.device))
 
 
 class _Timed:
@@ -213,9 +209,10 @@ def _run(options: argparse.Namespace) -> None:
         options.precision,
         chosen_device(options.device),
     )
-    for line in _notes(source, dataset, preprocessing, options.window_size):
-        print(f"{_NAME}: note: {line}", file=sys.stderr)
     model = source.build(window_size=options.window_size, input_size=options.input_size)
+    notes = [*_notes(source, dataset), *padding_warnings(model, preprocessing.input_size)]
+    for line in notes:
+        print(f"{_NAME}: note: {line}", file=sys.stderr)
     result = evaluate_model(model.to(setting.device), dataset, preprocessing, setting)
     _print(source, dataset, preprocessing, result)
     if options.json:
@@ -235,9 +232,7 @@ def _preprocessing(options: argparse.Namespace, source: PretrainedWeights) -> Pr
     return replace(source.preprocessing, **{k: v for k, v in changed.items() if v})
 
 
-def _notes(
-    source: PretrainedWeights, dataset: Dataset, preprocessing: Preprocessing, window: int
-) -> Iterator[str]:
+def _notes(source: PretrainedWeights, dataset: Dataset) -> Iterator[str]:
     yield from (line for line in (source.note, dataset.assumption) if line)
     if dataset.columns is not None:
         unknown = [c for c, row in zip(dataset.classes, dataset.columns, strict=True) if row < 0]
@@ -247,9 +242,6 @@ def _notes(
                 f"the model does not know {len(unknown)} of them (first: {unknown[0]}): their"
                 " images count as wrong"
             )
-    window = window or source.model_args.get("window_size", 0)
-    if window:
-        yield from padding_warnings(source.model, preprocessing.input_size, window)
 
 
 def _print(

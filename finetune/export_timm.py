@@ -25,7 +25,7 @@ from finetune.sample_images import Sample
 from l2vit import cli, files
 from l2vit.data import labels
 from l2vit.errors import ConfigError, UserError
-from l2vit.train.transfer import padding_warnings
+from l2vit.models.padding import padding_warnings
 from l2vit.train.weights import (
     TIMM_CONFIG,
     TIMM_WEIGHTS,
@@ -78,8 +78,8 @@ def _run(options: argparse.Namespace) -> None:
         input_size=options.input_size,
     )
     source = _adjusted(source, options)
-    for line in _notes(source):
-        print(f"{_NAME}: note: {line}", file=sys.stderr)
+    if source.note:
+        print(f"{_NAME}: note: {source.note}", file=sys.stderr)
     samples, origin = proof_samples(source, options.images, options.proof_images)
     out: Path = options.out.absolute()
     temporary = out.with_name(out.name + files.TEMPORARY_SUFFIX)
@@ -132,14 +132,6 @@ def _adjusted(source: PretrainedWeights, options: argparse.Namespace) -> Pretrai
     )
 
 
-def _notes(source: PretrainedWeights) -> list[str]:
-    notes = [source.note] if source.note else []
-    window = source.model_args.get("window_size")
-    if window:
-        notes += padding_warnings(source.model, source.preprocessing.input_size, window)
-    return notes
-
-
 def proof_samples(
     source: PretrainedWeights, images: Path | None, count: int
 ) -> tuple[list[Sample], str]:
@@ -165,6 +157,8 @@ def _fill(
     options: argparse.Namespace,
 ) -> None:
     trained = source.build()
+    for line in padding_warnings(trained, source.preprocessing.input_size):
+        print(f"{_NAME}: note: {line}", file=sys.stderr)
     write_model(directory, source, trained)
     proof, logits = verification.prove(directory, source, trained, samples)
     certificate: dict[str, Any] = {

@@ -147,7 +147,7 @@ class Evaluator:
     def _measure(self, engine: Engine, suffix: str) -> dict[str, float]:
         values = {}
         for each in self._sets:
-            forward = self._beating(_restricted(engine.infer, each.columns))
+            forward = self._beating(restricted(engine.infer, each.columns))
             tally: Tally = evaluate(forward, each.loader, world=self._world)
             name = each.name + suffix
             values[f"{name}/top1_percent"] = tally.top1_percent
@@ -203,14 +203,18 @@ def class_columns(
     return columns
 
 
-def _restricted(
+def restricted(
     forward: Callable[[torch.Tensor], torch.Tensor], columns: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``forward`` with its logits reduced to ``columns`` (see :func:`class_columns`).
+
+    Classes the model lacks get the lowest value there is: they are never the answer.
+    """
     if columns is None:
         return forward
 
-    def restricted(images: torch.Tensor) -> torch.Tensor:
+    def chosen(images: torch.Tensor) -> torch.Tensor:
         logits = forward(images)[:, columns.clamp(min=0)]
         return logits.masked_fill(columns < 0, torch.finfo(logits.dtype).min)
 
-    return restricted
+    return chosen
