@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from l2vit.errors import ConfigError
 from l2vit.plan import memory
 from l2vit.plan.devices import Device
 from l2vit.plan.memory import Memory
+from l2vit.plan.recorder import Operation
 from l2vit.plan.trace import Trace, trace
 from l2vit.train import model
 from l2vit.train.config import TrainConfig
@@ -19,6 +21,12 @@ from l2vit.train.schedule import Schedule, interval_of
 STAGES = (1, 2, 3)
 COLLECTIVE_US = 20.0
 """Time of one collective operation between two nodes before the first byte; times log2(ranks)."""
+
+ENGINE_CALLS = 49
+"""Operators of DeepSpeed in a step beside those for each weight tensor: two a micro-batch, one a
+step (``benchmarks/ledger.py``)."""
+ACCUMULATE_BYTES, ENGINE_BYTES, OPTIMIZER_BYTES = 14.0, 38.0, 16.0
+"""A weight: of each micro-batch, of each step, and of the optimizer, which ranks share."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +142,6 @@ def estimate(config: TrainConfig, cluster: Cluster, work: Work) -> Estimate:
     split = _choose(config, cluster, tracer)
     traced = tracer(split.micro_batch, True)
     memories = {s: _memory(config, cluster, traced, stage=s) for s in STAGES}
-    device = cluster.device
-    optimizer_bytes = 36.0 * traced.parameters / cluster.ranks
-    optimizer = optimizer_bytes / (device.memory_tbs * 1e12 * device.memory_share)
     return Estimate(
         config=config,
         cluster=cluster,
@@ -145,14 +150,30 @@ def estimate(config: TrainConfig, cluster: Cluster, work: Work) -> Estimate:
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         trace=traced,
-        compute=traced.seconds(device) * split.accumulation + optimizer,
+        compute=_compute(traced, split, cluster),
         communication=communication(config, cluster, traced.parameters, split.accumulation),
-        data=split.global_batch / (device.images_per_second * cluster.ranks),
+        data=split.global_batch / (cluster.device.images_per_second * cluster.ranks),
         evaluation=_evaluation(config, cluster, work, schedule, steps_per_epoch, tracer),
         memories=memories,
         checkpoint_bytes=memory.checkpoint_bytes(traced.parameters, ema=bool(config.ema.decay)),
         checkpoints_kept=_kept(config, schedule, steps_per_epoch),
     )
+
+
+def _compute(traced: Trace, split: Split, cluster: Cluster) -> float:
+    """Seconds of a step's passes, of DeepSpeed's own operators and of the optimizer."""
+    operations = Counter({op: n * split.accumulation for op, n in traced.operations.items()})
+    operations += engine_operations(traced, split.accumulation, cluster.ranks)
+    return cluster.device.seconds(operations, low_precision=traced.low_precision)
+
+
+def engine_operations(traced: Trace, accumulation: int, ranks: int) -> Counter[Operation]:
+    """DeepSpeed's operators in a step, in number and bytes as its ledger at stage 1 has them."""
+    calls = (2 * accumulation + 1) * traced.tensors + ENGINE_CALLS
+    moved = (
+        ENGINE_BYTES + ACCUMULATE_BYTES * accumulation + OPTIMIZER_BYTES / ranks
+    ) * traced.parameters
+    return Counter({Operation("engine", "engine", bytes=moved / calls): calls})
 
 
 def communication(

@@ -8,9 +8,8 @@ formula's, and storages are followed from allocation to release, which gives the
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
@@ -18,22 +17,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from l2vit.models import kernels
 from l2vit.plan.devices import Device
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One call of a kernel."""
-
-    kind: str
-    """matmul (matrix units), vector (arithmetic elsewhere) or memory (traffic alone)."""
-    flops: float
-    bytes: float
-    """Read and written once each."""
+from l2vit.plan.recorder import Operation, Recorder, kernels_recorded, size_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +29,8 @@ class Trace:
 
     operations: Counter[Operation]
     parameters: int
+    tensors: int
+    """Trainable parameters by number, not by size."""
     kept_bytes: int
     """What the forward pass keeps for the backward pass."""
     peak_bytes: int
@@ -54,18 +43,8 @@ class Trace:
         return sum(op.flops * count for op, count in self.operations.items())
 
     def seconds(self, device: Device) -> float:
-        """Time on ``device``: each operation is bound by arithmetic, traffic or its launch."""
-        matmul = device.matmul_tflops * device.matmul_share * 1e12
-        speeds = {
-            "matmul": matmul * (1.0 if self.low_precision else device.fp32_share),
-            "vector": device.vector_tflops * device.vector_share * 1e12,
-            "memory": 1e30,
-        }
-        bandwidth = device.memory_tbs * device.memory_share * 1e12
-        return sum(
-            count * max(op.flops / speeds[op.kind], op.bytes / bandwidth, device.kernel_us * 1e-6)
-            for op, count in self.operations.items()
-        )
+        """Time on ``device``, of the device or of the host that launches, whichever is longer."""
+        return device.seconds(self.operations, low_precision=self.low_precision)
 
 
 def trace(
@@ -76,6 +55,7 @@ def trace(
     classes: int,
     dtype: torch.dtype,
     backward: bool = True,
+    on_gpu: bool = True,
 ) -> Trace:
     """Run ``make()`` on the meta device.
 
@@ -86,33 +66,38 @@ def trace(
         classes: columns of the logits.
         dtype: of weights and activations; the loss is computed in fp32.
         backward: False traces an evaluation step instead.
+        on_gpu: count the kernels that a GPU would run instead of PyTorch's general operators.
     """
     with torch.device("meta"):
         model = make().to(dtype).train(backward)
+        images = torch.empty(batch, 3, input_size, input_size, dtype=dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        targets = torch.empty(batch, classes)
     gradients: list[Tensor] = []
-    recorder = _Recorder([*model.parameters(), *model.buffers()])
+    recorder = Recorder([*model.parameters(), *model.buffers()])
+    recorder.follow(images, targets)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(backward))
         stack.enter_context(_fused_attention(recorder))
+        if on_gpu:
+            stack.enter_context(_as_on_a_gpu(recorder))
         stack.enter_context(recorder)
-        size = (batch, 3, input_size, input_size)
-        images = torch.empty(size, dtype=dtype, device="meta")
-        targets = torch.empty(batch, classes, device="meta")
         logits = model(images).float()
         if backward:
-            loss = F.cross_entropy(logits, targets)
+            loss = -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
             kept = recorder.alive
             stack.enter_context(_gradients_taken(model, recorder, gradients))
             loss.backward()
         else:
             kept = recorder.alive
-    parameters = sum(p.numel() for p in model.parameters())
-    return Trace(recorder.operations, parameters, kept, recorder.peak, dtype != torch.float32)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    low = dtype != torch.float32
+    return Trace(recorder.operations, sum(sizes), len(sizes), kept, recorder.peak, low)
 
 
 @contextlib.contextmanager
 def _gradients_taken(
-    model: nn.Module, recorder: _Recorder, gradients: list[Tensor]
+    model: nn.Module, recorder: Recorder, gradients: list[Tensor]
 ) -> Iterator[None]:
     """Take each weight's gradient out of the count: ZeRO's formulas speak of gradients."""
 
@@ -132,93 +117,29 @@ def _gradients_taken(
             handle.remove()
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes each operation and follows the storages it makes, except those ``given`` to it."""
+@contextlib.contextmanager
+def _as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
+    """Inside, meta tensors take the kernels that a GPU's would."""
+    autocast = torch.is_autocast_enabled
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.operations: Counter[Operation] = Counter()
-        self.alive = 0
-        self.peak = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
+    def autocast_enabled(kind: str = "cuda") -> bool:
+        return kind != "meta" and autocast(kind)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in outputs:
-            self._follow(tensor)
-        if inputs and not func.is_view and not _only_a_view(inputs, outputs):
-            self._note(func, args, kwargs, result, sum(map(_bytes, [*inputs, *outputs])))
-        return result
-
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, moved: float) -> None:
-        if func.overloadpacket in _CONVOLUTIONS:
-            kind, flops = _convolution(func, args, result)
-        else:
-            count = flop_registry.get(func.overloadpacket)
-            kind, flops = "matmul", float(count(*args, **kwargs, out_val=result)) if count else 0.0
-        self.add(kind, flops, moved)
-
-    def add(self, kind: str, flops: float, moved: float) -> None:
-        """Note one operation."""
-        self.operations[Operation(kind if flops else "memory", flops, moved)] += 1
-
-    def discount(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor`` no longer."""
-        self._release(tensor.untyped_storage()._cdata)
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._release, key)
-
-    def _release(self, key: int) -> None:
-        self.alive -= self._sizes.pop(key, 0)
+    with (
+        kernels_recorded(recorder),
+        mock.patch.object(torch, "is_autocast_enabled", autocast_enabled),
+        mock.patch.object(kernels, "chosen", _has_kernel),
+    ):
+        yield
 
 
-def _bytes(tensor: Tensor) -> float:
-    """Bytes a kernel touches: an expanded tensor has fewer than its shape says."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-def _only_a_view(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Reshapes that needed no copy: another shape of the same storage, nothing written."""
-    own = {tensor.untyped_storage()._cdata for tensor in inputs}
-    return bool(outputs) and all(
-        tensor._is_view() and tensor.untyped_storage()._cdata in own for tensor in outputs
-    )
-
-
-_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
-
-
-def _convolution(func: Any, args: Any, result: Any) -> tuple[str, float]:
-    """Kind and arithmetic of a convolution; PyTorch's own count forgets the groups backwards.
-
-    Backward costs one convolution for the input's gradient, where wanted, and one for the weight's.
-    """
-    if func.overloadpacket is torch.ops.aten.convolution:
-        image, weight, transposed, output, times = args[0], args[1], args[6], result, 1
-    else:
-        output, image, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-        times = int(wanted[0]) + int(wanted[1])
-    places = image.numel() if transposed else output.numel()
-    # One channel a group cannot use the matrix units.
-    kind = "vector" if weight.shape[1] == 1 else "matmul"
-    return kind, times * 2.0 * places * weight[0].numel()
+def _has_kernel(kernel: str, x: Tensor) -> bool:
+    __import__(f"l2vit.models.kernels.{kernel}")
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def _fused_attention(recorder: _Recorder) -> Iterator[None]:
+def _fused_attention(recorder: Recorder) -> Iterator[None]:
     """Puts what a fused attention kernel keeps and costs in the place of the plain form.
 
     The meta device has only the plain form, which keeps the whole attention matrix; devices have
@@ -235,19 +156,25 @@ def _fused_attention(recorder: _Recorder) -> Iterator[None]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: _Recorder) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Recorder) -> Tensor:
         rows, width = q.numel() // q.shape[-1], q.shape[-1]
         ctx.flops = 4.0 * rows * k.shape[-2] * width
         ctx.recorder = recorder
-        output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output, torch.empty(rows, device=q.device))
-        recorder.add("matmul", ctx.flops, sum(map(_bytes, (q, k, v, output))))
+        with recorder.uncounted():
+            output = torch.empty_like(q)
+            ctx.save_for_backward(q, k, v, output, torch.empty(rows, device=q.device))
+        recorder.add(_attention("forward", ctx.flops, q, k, v, output))
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, output, _ = ctx.saved_tensors
-        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        moved = sum(map(_bytes, (q, k, v, output, grad, *grads)))
-        ctx.recorder.add("matmul", 2.5 * ctx.flops, moved)
+        with ctx.recorder.uncounted():
+            grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        ctx.recorder.add(_attention("backward", 2.5 * ctx.flops, q, k, v, output, grad, *grads))
         return (*grads, None)
+
+
+def _attention(direction: str, flops: float, *tensors: Tensor) -> Operation:
+    name = f"scaled_dot_product_attention {direction}"
+    return Operation(name, "softmax attention", "matmul", flops, sum(map(size_of, tensors)))

@@ -1,5 +1,7 @@
 """The traced micro-batch against the paper's counts and against what PyTorch really allocates."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import l2vit  # noqa: F401
 from l2vit.plan.devices import Device
-from l2vit.plan.trace import Operation, Trace, trace
+from l2vit.plan.recorder import Operation
+from l2vit.plan.trace import Trace, trace
 
 
 def traced(name: str, **options) -> Trace:
@@ -45,7 +48,12 @@ def test_activations_are_what_pytorch_allocates():
         loss = F.cross_entropy(model(images), targets)
     allocated = sum(event.self_cpu_memory_usage for event in books.key_averages())
     predicted = traced(
-        "l2vit_mini", batch=batch, input_size=size, classes=classes, dtype=torch.float32
+        "l2vit_mini",
+        batch=batch,
+        input_size=size,
+        classes=classes,
+        dtype=torch.float32,
+        on_gpu=False,
     )
     given = 4 * (images.numel() + targets.numel())  # counted by the trace, made before the books
     # Some layers have a form of their own on the CPU that keeps a little less.
@@ -79,18 +87,27 @@ def test_peak_is_what_a_gpu_allocates():
 def test_seconds_follow_whatever_binds():
     device = Device(
         "own", 80, matmul_tflops=100, vector_tflops=10, memory_tbs=1, node_gbs=1, network_gbs=1,
-        images_per_second=1, matmul_share=0.5, vector_share=0.5, memory_share=0.5, kernel_us=5,
+        images_per_second=1, matmul_share=0.5, vector_share=0.5, memory_share=0.5, issue_share=0.5,
+        kernel_us=5, host_us=1,
     )  # fmt: skip
     cases = {
-        Operation("matmul", 50e12, 0.0): 1.0,
-        Operation("vector", 50e12, 0.0): 10.0,
-        Operation("memory", 0.0, 1e12): 2.0,
-        Operation("matmul", 50e12, 1e12): 2.0,
-        Operation("memory", 0.0, 1.0): 5e-6,
+        Operation("mm", "", "matmul", flops=50e12): 1.0,
+        Operation("conv", "", "vector", flops=50e12): 10.0,
+        Operation("conv", "", "vector", flops=1.0, instructions=50e12): 20.0,
+        Operation("add", "", bytes=1e12): 2.0,
+        Operation("slow", "", bytes=1e12, memory_share=0.25): 8.0,
+        Operation("mm", "", "matmul", flops=50e12, bytes=1e12): 2.0,
+        Operation("add", "", bytes=1.0): 5e-6,
+        Operation("empty", "allocation"): 0.0,
     }
     for operation, seconds in cases.items():
-        assert Trace({operation: 1}, 1, 0, 0, True).seconds(device) == pytest.approx(seconds)
-    everything = Trace(dict.fromkeys(cases, 2), 1, 0, 0, True)
+        assert device.device_seconds({operation: 1}) == pytest.approx(seconds), operation
+    everything = Trace(dict.fromkeys(cases, 2), 1, 1, 0, 0, True)
     assert everything.seconds(device) == pytest.approx(2 * sum(cases.values()))
-    single = Trace({Operation("matmul", 50e12, 0.0): 1}, 1, 0, 0, low_precision=False)
+    single = Trace({Operation("mm", "", "matmul", flops=50e12): 1}, 1, 1, 0, 0, False)
     assert single.seconds(device) == pytest.approx(2.0)
+    # A thousand small kernels: 5 µs each on the device, 1 µs each on the host that launches.
+    many = {Operation("add", "", bytes=1.0): 1000}
+    assert device.seconds(many) == pytest.approx(5e-3)
+    slow_host = replace(device, host_us=20.0)
+    assert slow_host.seconds(many) == pytest.approx(20e-3)

@@ -1,0 +1,72 @@
+"""What one launch of each of our Triton kernels costs, by its name and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """Cost of one launch beside the bytes of its arguments."""
+
+    kind: str
+    unit: str = "memory"
+    flops: float = 0.0
+    instructions: float = 0.0
+    """Thread-instructions of the whole launch, by the compiled code for sm_90."""
+    memory_share: float = 1.0
+    """Part of a plain copy's memory speed it is expected to reach."""
+    traffic: Mapping[str, float] = field(default_factory=dict)
+    """Part of an argument that is read or written, where it is not the whole."""
+
+
+_THIRD = 1 / 3
+_DEPTHWISE = {("forward", 7): 312.0, ("forward", 3): 80.0}
+_DEPTHWISE |= {("weight gradient", 7): 446.0, ("weight gradient", 3): 132.0}
+"""Thread-instructions an output, of a pass over the map, in bf16."""
+
+
+def _depthwise(direction: str) -> Callable[[dict[str, Any]], KernelCost]:
+    def cost(given: dict[str, Any]) -> KernelCost:
+        size, outputs = given["K"], given["x"].numel()
+        nearest = (direction, 7 if size > 3 else 3)
+        each = _DEPTHWISE[nearest] * (size / nearest[1]) ** 2
+        return KernelCost(
+            "depthwise convolutions", "vector", 2.0 * size * size * outputs, each * outputs
+        )
+
+    return cost
+
+
+def _linear_attention(
+    products: int, memory_share: float, *, dots: int = 0, **traffic: float
+) -> Callable[[dict[str, Any]], KernelCost]:
+    def cost(given: dict[str, Any]) -> KernelCost:
+        tokens = given["qkv"].numel() / 3  # elements of one of q, k, v
+        return KernelCost(
+            "linear attention",
+            "matmul",
+            2.0 * tokens * (products * given["D"] + dots),
+            memory_share=memory_share,
+            traffic=traffic,
+        )
+
+    return cost
+
+
+_COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
+    "forward_kernel": _depthwise("forward"),
+    "weight_gradient_kernel": _depthwise("weight gradient"),
+    "context_kernel": _linear_attention(1, 0.8, qkv=2 * _THIRD),
+    "out_kernel": _linear_attention(1, 0.65, dots=1, qkv=_THIRD),
+    "query_gradient_kernel": _linear_attention(3, 0.45, qkv=_THIRD, grad_qkv=_THIRD),
+    "key_value_gradient_kernel": _linear_attention(2, 0.8, qkv=2 * _THIRD, grad_qkv=2 * _THIRD),
+}
+
+
+def cost(name: str, arguments: dict[str, Any]) -> KernelCost:
+    """Cost of launching the kernel ``name``; one without an entry costs its arguments' bytes."""
+    known = _COSTS.get(name)
+    return known(arguments) if known else KernelCost("elementwise")
