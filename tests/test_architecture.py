@@ -205,7 +205,12 @@ def test_only_ops_and_export_know_how_a_model_is_run():
 
 @pytest.mark.parametrize(
     ("library", "owner"),
-    [("deepspeed", "l2vit/train/engine.py"), ("nvidia", "l2vit/data/dali_loader.py")],
+    [
+        ("deepspeed", "l2vit/train/engine.py"),
+        ("nvidia", "l2vit/data/dali_loader.py"),
+        ("pycocotools", "l2vit/dense/coco.py"),
+        ("segmentation_models_pytorch", "l2vit/dense/segmentor.py"),
+    ],
 )
 def test_one_file_alone_imports(library, owner):
     assert [name(p) for p in SOURCES if library in tops(p)] == [owner]

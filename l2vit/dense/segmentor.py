@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
 from l2vit.dense.levels import LEVEL_EPS, Levels
 from l2vit.dense.sizes import fitted_size
+from l2vit.dense.transforms import IGNORED
 
-IGNORED = 255
-"""The label of pixels that do not count."""
 _DROPOUT = 0.1
 _AUXILIARY_WEIGHT = 0.4
 
