@@ -61,7 +61,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
-    """Not applied to parameters with one dimension."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: parameters of two dimensions and more, or norms and biases too."""
     layer_decay: float = 1.0
     clip_grad: float = 0.0
     """Largest global L2 norm of the gradient; 0 for no clipping."""
@@ -87,6 +88,14 @@ class ScheduleConfig:
     """Steps at ``min_lr`` after the cosine's end."""
     start_lr: float = 0.0
     min_lr: float = 1e-6
+    shape: Literal["cosine", "steps", "poly"] = "cosine"
+    """How the rate falls: along a cosine; by ``factor`` after each of ``steps``; or as
+    (1 - share of the length) ** ``power``."""
+    steps: tuple[str, ...] = ()
+    factor: float = 0.1
+    power: float = 1.0
+    warmup_ratio: float = 0.0
+    """Shapes steps and poly: the first step's share of the rate; the warm-up raises it to 1."""
     convention: Literal["paper", "swin"] = "paper"
     """paper: warm-up reaches the peak, then the cosine starts. swin: the cosine is counted from
     the first step and each step uses the rate of the one before (FLatten, InLine)."""
@@ -94,6 +103,14 @@ class ScheduleConfig:
     def validate(self) -> None:
         if self.global_batch < 1:
             raise ConfigError(f"global_batch: {self.global_batch} must be at least 1")
+        if self.shape == "cosine" and (self.warmup_ratio or self.steps):
+            raise ConfigError("warmup_ratio and steps: not with shape cosine; use start_lr")
+        if self.shape != "cosine" and (self.start_lr or self.convention != "paper"):
+            raise ConfigError(f"start_lr and convention: not with shape {self.shape}")
+        if (self.shape == "steps") != bool(self.steps):
+            raise ConfigError("steps: give durations such as [8 epochs, 11 epochs] to shape steps")
+        if not 0 <= self.warmup_ratio <= 1 or self.factor < 0 or self.power < 0:
+            raise ConfigError("warmup_ratio must be in [0, 1], factor and power not negative")
 
 
 @dataclass

@@ -91,7 +91,9 @@ class Engine:
         self.dtype = DTYPES[config.engine.precision]
         self._channels_last = config.engine.channels_last
         masters = {name: p.detach().cpu().float().clone() for name, p in model.named_parameters()}
-        self.groups = param_groups(model, layer_decay=config.optim.layer_decay)
+        self.groups = param_groups(
+            model, layer_decay=config.optim.layer_decay, decay=config.optim.decay
+        )
         self._deepspeed = _initialize(model, config, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
         self._flats = zero.flat_masters(self._zero)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm.models
 import torch
@@ -28,12 +28,18 @@ class ParamGroup:
         return sum(p.numel() for p in self.params)
 
 
-def param_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[ParamGroup]:
+def param_groups(
+    model: nn.Module,
+    *,
+    layer_decay: float = 1.0,
+    decay: Literal["matrices", "all"] = "matrices",
+) -> list[ParamGroup]:
     """Split the trainable parameters of ``model``.
 
-    No weight decay on parameters with at most one dimension (biases, norms), nor on what the
-    model's ``no_weight_decay()`` names. With ``layer_decay`` d below 1, a parameter k layers
-    below the top learns at d^k of the rate, layers as the model's ``group_matcher`` says (timm).
+    Unless ``decay`` is all, no weight decay on parameters with at most one dimension (biases,
+    norms), nor on what the model's ``no_weight_decay()`` names. With ``layer_decay`` d below 1, a
+    parameter k layers below the top learns at d^k of the rate, layers as the model's
+    ``group_matcher`` says (timm).
 
     Raises:
         ConfigError: layer decay for a model that does not say what its layers are.
@@ -44,7 +50,7 @@ def param_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[ParamGro
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and name not in exempt
+        decays = decay == "all" or (parameter.ndim > 1 and name not in exempt)
         scale = scales.get(name, 1.0)
         label = "decay" if decays else "no decay"
         group = groups.setdefault(

@@ -74,10 +74,16 @@ class Schedule:
     warmup: int
     """Steps of linear warm-up (W)."""
     cosine_end: int
-    """Step at which the cosine reaches ``lowest`` (T)."""
+    """Step at which the cosine (or poly) reaches ``lowest`` (T)."""
     total: int
     """All steps of the run: T and the cool-down."""
     convention: str = "paper"
+    shape: str = "cosine"
+    drops: tuple[int, ...] = ()
+    """Shape steps: the rate is multiplied by ``factor`` from each of these steps on."""
+    factor: float = 0.1
+    power: float = 1.0
+    warmup_ratio: float = 0.0
 
     @classmethod
     def build(
@@ -113,15 +119,37 @@ class Schedule:
             cosine_end=length,
             total=length + cooldown,
             convention=schedule.convention,
+            shape=schedule.shape,
+            drops=tuple(
+                steps_of(text, "schedule.steps", steps_per_epoch, schedule.global_batch)
+                for text in schedule.steps
+            ),
+            factor=schedule.factor,
+            power=schedule.power,
+            warmup_ratio=schedule.warmup_ratio,
         )
 
     def lr(self, step: int) -> float:
         """Learning rate set before optimizer step ``step`` (counted from 0)."""
+        if self.shape != "cosine":
+            return self._decayed(step) * self._warmed(step)
         return self._swin(max(step - 1, 0)) if self.convention == "swin" else self._paper(step)
 
     def weight_decay(self, step: int) -> float:
         """Weight decay of step ``step``: constant in every recipe here."""
         return self.decay
+
+    def _warmed(self, i: int) -> float:
+        """The share of the rate that the warm-up allows, as mmcv's linear warm-up."""
+        if i >= self.warmup:
+            return 1.0
+        return 1 - (1 - i / self.warmup) * (1 - self.warmup_ratio)
+
+    def _decayed(self, i: int) -> float:
+        if self.shape == "steps":
+            return self.peak * self.factor ** sum(i >= drop for drop in self.drops)
+        left = max(0.0, 1 - i / self.cosine_end) ** self.power
+        return self.lowest + (self.peak - self.lowest) * left
 
     def _paper(self, i: int) -> float:
         """Warm-up reaches the peak at its last step, then the cosine begins (paper Table 9)."""

@@ -159,3 +159,64 @@ def test_rates_are_set_per_group():
     param_groups.set_rates(optimizer, lr=0.2, weight_decay=0.1)
     rates = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     assert rates == [(0.1, 0.1), (0.2, 0.0)]
+
+
+def test_rates_that_fall_in_steps():
+    """Detection 1x: mmcv's linear warm-up, then a tenth after epochs 8 and 11."""
+    per_epoch = 7330
+    schedule = build(
+        per_epoch,
+        {"lr": 1e-4},
+        global_batch=16,
+        length="12 epochs",
+        warmup="500 steps",
+        shape="steps",
+        steps=("8 epochs", "11 epochs"),
+        warmup_ratio=0.001,
+    )
+    golden = {0: 1e-7, 250: 5.005e-5, 500: 1e-4, 8 * per_epoch - 1: 1e-4, 8 * per_epoch: 1e-5}
+    golden |= {11 * per_epoch - 1: 1e-5, 11 * per_epoch: 1e-6, 12 * per_epoch - 1: 1e-6}
+    assert {i: schedule.lr(i) for i in golden} == pytest.approx(golden, rel=1e-12)
+    assert schedule.total == 12 * per_epoch
+
+
+def test_rates_that_fall_as_a_power():
+    """Segmentation, 160,000 steps."""
+    schedule = build(
+        1263,
+        {"lr": 6e-5},
+        global_batch=16,
+        length="160000 steps",
+        warmup="1500 steps",
+        shape="poly",
+        warmup_ratio=1e-6,
+        min_lr=0.0,
+    )
+    golden = {0: 6e-11, 750: 2.98594e-5, 1500: 5.94375e-5, 80_000: 3e-5, 159_999: 3.75e-10}
+    assert {i: schedule.lr(i) for i in golden} == pytest.approx(golden, rel=1e-5)
+    for i in (0, 1, 700, 1499, 1500, 99_999):
+        share = 1 - (1 - i / 1500) * (1 - 1e-6) if i < 1500 else 1
+        assert schedule.lr(i) == pytest.approx(6e-5 * (1 - i / 160_000) * share, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"warmup_ratio": 0.1},
+        {"steps": ("1 epochs",)},
+        {"shape": "steps"},
+        {"shape": "poly", "start_lr": 1e-6},
+        {"shape": "poly", "convention": "swin"},
+        {"shape": "poly", "warmup_ratio": 1.5},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings):
+    with pytest.raises(ConfigError):
+        ScheduleConfig(global_batch=8, **settings).validate()
+
+
+def test_everything_may_decay():
+    model = timm.create_model("l2vit_mini", num_classes=3)
+    groups = param_groups.param_groups(model, decay="all")
+    assert [g.decays for g in groups] == [True]
+    assert {n for g in groups for n in g.names} == {n for n, _ in model.named_parameters()}
