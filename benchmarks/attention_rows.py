@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2vit.models.host_deit import Deit, TokenProjected
+from l2vit.models.families.deit import Deit, TokenProjected
 
 SAME = 1e-3
 HELD_OUT = 297

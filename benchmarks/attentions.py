@@ -37,17 +37,17 @@ import torch
 
 from l2vit import cli, files
 from l2vit.errors import ConfigError, UserError
-from l2vit.models.attentions import CORES
-from l2vit.models.host_deit import Deit
+from l2vit.models.families.base import ATTENTIONS
+from l2vit.models.families.deit import Deit
 
-NAMES = [name for name in CORES if name != "leaky"]  # costs what linear costs
+NAMES = [name for name in ATTENTIONS if name != "leaky"]  # costs what linear costs
 TOKENS = (196, 784, 3136, 12544)
 MODES = ("forward", "training")
 OWN: dict[str, dict[str, Any]] = {"injective": {"num_heads": 6}, "enhanced": {"lcm_kernel": 3}}
 LONG = 3.0  # seconds: a pass this long is taken once a round, without a warm-up
 VERY_LONG = 20.0  # and this long in one round only
 FRESH = multiprocessing.get_context("forkserver")  # torch imported once for all processes
-FRESH.set_forkserver_preload(["l2vit.models.host_deit", "torch"])
+FRESH.set_forkserver_preload(["l2vit.models.families.deit", "torch"])
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/benchmarks"))
-    add("--attentions", nargs="*", choices=list(CORES), default=NAMES)
+    add("--attentions", nargs="*", choices=list(ATTENTIONS), default=NAMES)
     add("--tokens", nargs="*", type=int, default=list(TOKENS), help="squares")
     add("--modes", nargs="*", choices=MODES, default=list(MODES))
     add("--batch", type=int, default=1)

@@ -32,11 +32,10 @@ from transcription import PaperL2ViT
 
 import l2vit
 from l2vit.files import write_json
-from l2vit.models import kernels
+from l2vit.models import ops
 from l2vit.models.count import count_macs
-from l2vit.models.depthwise import depthwise
 from l2vit.models.layers import HEAD_WIDTH
-from l2vit.models.linear_attention import linear_attention
+from l2vit.models.ops.gpu import may_run
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TINY = ("l2vit_tiny", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "transcription")
@@ -212,12 +211,13 @@ def kernel_cases(side: int, dim: int, batch: int, like: Tensor) -> dict[str, Any
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=like.device, dtype=like.dtype, requires_grad=True)
 
-    attend = partial(linear_attention, heads=dim // HEAD_WIDTH, clamp=100.0)
+    attend = partial(ops.linear_attention, num_heads=dim // HEAD_WIDTH, clamp=100.0)
     tokens = (random(batch, side * side, 3 * dim), random(dim // HEAD_WIDTH, 1, 1))
     cases: dict[str, Any] = {"linear_attention": (attend, tokens)}
+    picture = random(batch, side, side, dim).detach().permute(0, 3, 1, 2).requires_grad_()
     for size in (3, 7):
-        inputs = (random(batch, side, side, dim), random(dim, 1, size, size), random(dim))
-        cases[f"depthwise {size}x{size}"] = (depthwise, inputs)
+        inputs = (picture, random(dim, 1, size, size), random(dim))
+        cases[f"depthwise {size}x{size}"] = (ops.depthwise_conv, inputs)
     return cases
 
 
@@ -234,7 +234,7 @@ def measure_kernels(options: argparse.Namespace) -> dict[str, Any]:
         torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     def switched(on: bool, run: Callable[[], None]) -> None:
-        with kernels.use(on):
+        with ops.use_triton(on):
             run()
 
     result: dict[str, Any] = {}
@@ -264,7 +264,7 @@ def measure_kernels(options: argparse.Namespace) -> dict[str, Any]:
     ways = {"with": partial(switched, True, whole), "without": partial(switched, False, whole)}
     seconds = medians(ways, options.rounds, options.device)
     ratio = seconds["with"] / seconds["without"]
-    used_kernels = [k for k in ("linear_attention", "depthwise") if kernels.chosen(k, images)]
+    used_kernels = [k for k in ("linear_attention", "depthwise") if may_run(k, images)]
     result["training step"] = {"seconds": seconds, "with_to_without": ratio, "used": used_kernels}
     print(f"training step with kernels {used_kernels}: {ratio:.2f} of the time without")
     return result

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2vit.errors import UserError
-from l2vit.models.layers import WindowAttention, pad_to_multiple, window_partition
+from l2vit.models.layers import WindowAttention, pad_to_multiple
+from l2vit.models.ops.windows import partition
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def attention_maps(model: nn.Module, image: Tensor, max_tokens: int = 4096) -> l
 
 def _kind(module: Any) -> str:
     core = getattr(module, "core", None)
-    return "linear" if core is None else type(core).__name__.removesuffix("Core").lower()
+    return "linear" if core is None else type(core).__name__.removesuffix("Attention").lower()
 
 
 def _grid(module: Any, x: Tensor, image: Tensor) -> tuple[int, int]:
@@ -178,14 +179,14 @@ def window_map(attention: WindowAttention, x: Tensor) -> Tensor:
     """
     b, h, w, c = x.shape
     size, heads = attention.window_size, attention.num_heads
-    padded = pad_to_multiple(x, size, size)
-    windows = window_partition(padded, size, size)
+    padded = pad_to_multiple(x, size)
+    windows = partition(padded, size, size)
     qkv = attention.qkv(windows).view(len(windows), size**2, 3, heads, c // heads)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).float().unbind(0)
     inside = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(c // heads), -1)
     height, width = padded.shape[1:3]
     places = torch.arange(height * width, device=x.device).view(1, height, width, 1)
-    places = window_partition(places, size, size)[..., 0]
+    places = partition(places, size, size)[..., 0]
     full = inside.new_zeros(b, heads, height * width, height * width)
     inside = inside.view(b, len(places), heads, size**2, size**2)
     for number, place in enumerate(places):

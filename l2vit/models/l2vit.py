@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
+from l2vit.models import ops
+from l2vit.models.backbone import Backbone, Stage, update_model_input_size
 from l2vit.models.layers import (
     HEAD_WIDTH,
     BatchNorm2d,
@@ -18,17 +19,12 @@ from l2vit.models.layers import (
     LocalConcentration,
     Mlp,
     MlpKind,
-    OrderKind,
     WindowAttention,
     pad_to_multiple,
     require_one_of,
-    residual,
-    shortfall,
     to_nchw,
     to_nhwc,
 )
-from l2vit.models.pyramid import Pyramid, Stage, update_model_input_size
-from l2vit.models.tracing import certain
 
 StemKind = Literal["conv", "conv4", "patch"]
 MixerKind = Literal["linear", "window"]
@@ -60,9 +56,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        bottom, right = shortfall(x.shape[2], 4), shortfall(x.shape[3], 4)
-        if not (certain(bottom == 0) and certain(right == 0)):
-            x = F.pad(x, (0, right, 0, bottom))
+        x = to_nchw(pad_to_multiple(to_nhwc(x), 4))
         x = self.layers(x.contiguous(memory_format=torch.channels_last))
         return self.norm(to_nhwc(x))
 
@@ -84,7 +78,7 @@ class Downsample(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(self.norm(x), 2, 2)
+        x = pad_to_multiple(self.norm(x), 2)
         return to_nhwc(self.conv(to_nchw(x)))
 
 
@@ -114,29 +108,22 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attention
         self.cpe2 = ConditionalPosition(dim) if second_cpe else nn.Identity()
-        self.lcm_norm = nn.LayerNorm(dim) if lcm_kernel else None
+        self.lcm_norm = nn.LayerNorm(dim) if lcm_kernel else nn.Identity()
         self.lcm = LocalConcentration(dim, lcm_kernel) if lcm_kernel else None
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), mlp)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def attend(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """Attention over the whole (B, H, W, dim) map or inside its windows, plus ``add``."""
-        if isinstance(self.attn, WindowAttention):
-            return self.attn(x, add=add)
-        add = add if add is None else add.flatten(1, 2)
-        return self.attn(x.flatten(1, 2), add).view(x.shape)
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = residual(x, self.attn, self.norm1, self.drop_path, self.attend)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.cpe2(x)
-        if self.lcm is not None and self.lcm_norm is not None:
+        if self.lcm is not None:
             x = x + self.drop_path(self.lcm(self.lcm_norm(x)))
-        return residual(x, self.mlp, self.norm2, self.drop_path)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class L2ViT(Pyramid):
+class L2ViT(Backbone):
     """Image (B, in_chans, H, W) of any size to logits (B, num_classes).
 
     Args:
@@ -176,7 +163,7 @@ class L2ViT(Pyramid):
         lcm_kernel: int = 7,
         use_scale: bool = True,
         clamp: float = 100.0,
-        order: OrderKind = "auto",
+        order: ops.Order = "auto",
         mlp: MlpKind = "plain",
         head_hidden: int = 0,
         drop_rate: float = 0.0,

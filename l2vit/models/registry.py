@@ -12,6 +12,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from l2vit.models.l2vit import L2ViT
+from l2vit.models.released_keys import filter_l2vit
 
 SIZES: dict[str, dict[str, Any]] = {
     "l2vit_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2)},
@@ -110,8 +111,6 @@ def build(
 
 def create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any) -> L2ViT:
     """Build a registered model the way timm does; a tag at 384 brings its window of 12."""
-    from l2vit.models.timm_format import filter_state_dict
-
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get("pretrained_cfg"))
     size = cfg.input_size[-1]
     if size != 224:
@@ -120,7 +119,7 @@ def create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: Any
         L2ViT,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_state_dict,
+        pretrained_filter_fn=filter_l2vit,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2vit.models import kernels
+from l2vit.models.ops import gpu
 from l2vit.plan.devices import Device
 from l2vit.plan.recorder import Operation, Recorder, kernels_recorded, size_of
 
@@ -128,13 +128,13 @@ def _as_on_a_gpu(recorder: Recorder) -> Iterator[None]:
     with (
         kernels_recorded(recorder),
         mock.patch.object(torch, "is_autocast_enabled", autocast_enabled),
-        mock.patch.object(kernels, "chosen", _has_kernel),
+        mock.patch.object(gpu, "may_run", _has_kernel),
     ):
         yield
 
 
 def _has_kernel(kernel: str, x: Tensor) -> bool:
-    __import__(f"l2vit.models.kernels.{kernel}")
+    __import__(f"l2vit.models.ops.triton_{kernel}")
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from l2vit import files
 from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
-from l2vit.models.host import resize_tables
+from l2vit.models.convert import require_fit
+from l2vit.models.families.resize import resize_tables
 from l2vit.train.config import InitConfig
 from l2vit.train.weights import (
     PretrainedWeights,
     architecture,
     head_name,
     read_pretrained,
-    require_fit,
 )
 
 Fate = Literal["loaded", "resized", "sliced", "initialised", "left out"]
@@ -128,7 +128,8 @@ def load_initial(
         weights, _ = resize_tables(source.weights, own)
     except ValueError as error:
         raise UserError(f"init.source {source.path} does not fit this run: {error}") from None
-    require_fit(model, weights, where=f"init.source {source.path}", skip=skip)
+    where = f"init.source {source.path}"
+    require_fit(weights, own, where=where, model=architecture(model), skip=skip)
     plan = plan_head(source, classes, init.head)
     fates = []
     with torch.no_grad():

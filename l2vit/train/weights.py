@@ -7,7 +7,6 @@ export read through here, so a new kind of file is one new function.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,11 +23,9 @@ from l2vit.data import labels
 from l2vit.data.config import IMAGENET_MEAN, IMAGENET_STD
 from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
-from l2vit.models.families import VARIANTS
-from l2vit.models.families_format import convert_released
-from l2vit.models.host import resize_tables
-from l2vit.models.registry import SIZES
-from l2vit.models.timm_format import convert_authors
+from l2vit.models import convert
+from l2vit.models.families.resize import resize_tables
+from l2vit.models.families.variants import VARIANTS
 from l2vit.train import checkpoint
 
 TIMM_CONFIG = "config.json"
@@ -105,7 +102,7 @@ class PretrainedWeights:
             raise UserError(f"{self.path}: cannot build {self.model}: {error}") from None
         for line in lines:
             print(f"{self.path}: {line}", file=sys.stderr)
-        require_fit(model, weights, where=str(self.path), skip=())
+        convert.require_fit(weights, model.state_dict(), where=str(self.path), model=self.model)
         model.load_state_dict(weights)
         return model.eval()
 
@@ -115,41 +112,9 @@ def head_name(model: nn.Module) -> str:
     return str(model.pretrained_cfg["classifier"])  # type: ignore[index]
 
 
-def require_fit(
-    model: nn.Module, weights: Mapping[str, Tensor], *, where: str, skip: tuple[str, ...]
-) -> None:
-    """Check that ``weights`` has exactly the tensors of ``model``, names under ``skip`` aside.
-
-    Raises:
-        UserError: names the first missing, unknown and differently shaped tensors.
-    """
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip or ("\0",))}
-    given = {k: v for k, v in weights.items() if not k.startswith(skip or ("\0",))}
-    problems = []
-    missing = [k for k in own if k not in given]
-    unknown = [k for k in given if k not in own]
-    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing ({_some(missing)})")
-    if unknown:
-        problems.append(f"{len(unknown)} are not in the model ({_some(unknown)})")
-    if shapes:
-        name = shapes[0]
-        problems.append(
-            f"{len(shapes)} differ in shape ({name}: {tuple(given[name].shape)} in the source,"
-            f" {tuple(own[name].shape)} in the model)"
-        )
-    if problems:
-        raise UserError(f"{where} does not fit {architecture(model)}: {'; '.join(problems)}")
-
-
 def architecture(model: nn.Module) -> str:
     """The registry name of a model timm made."""
     return str(model.pretrained_cfg.get("architecture", type(model).__name__))  # type: ignore[union-attr,operator]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def read_pretrained(
@@ -295,55 +260,36 @@ def read_released(
     window_size: int = 0,
     input_size: int = 0,
 ) -> PretrainedWeights:
-    """A file released by a network's authors: THE place that chooses a converter.
+    """A file released by a network's authors, to be evaluated as they do.
 
     Without ``model`` it is an L2ViT file, whose variant its shapes tell.
 
     Raises:
         UserError: an unknown ``model``, or a file that is not of it.
     """
-    ema = None if weights == "auto" else weights == "ema"
-    wishes = {"input_size": input_size or None, "window_size": window_size or None}
-    if model in VARIANTS:
-        family = convert_released(path, model, ema=ema, **wishes)
-        note = "; ".join(family.report)
-        return _released(path, model, family.model_args, family.weights, family.which, note)
-    if model and model not in SIZES:
-        near = ", ".join(difflib.get_close_matches(model, [*VARIANTS, *SIZES])) or "no name"
-        raise UserError(f"{path}: released files of {model!r} are not known; like it: {near}")
-    found = convert_authors(path, ema=ema, **wishes)
-    if model not in ("", found.model_name):
-        raise UserError(f"{path} holds {found.model_name}, not {model}")
-    arguments = {"window_size": found.args.window_size, "img_size": found.args.input_size}
-    note = "; ".join(found.report)
-    return _released(path, found.model_name, arguments, found.state_dict, found.which, note)
-
-
-def _released(
-    path: Path,
-    model: str,
-    arguments: dict[str, Any],
-    weights: dict[str, Tensor],
-    which: str,
-    note: str,
-) -> PretrainedWeights:
-    """A released file, to be evaluated as its authors do (timm's pretrained_cfg says how)."""
-    registered: Any = timm.get_pretrained_cfg(model)
-    size = arguments.get("img_size", registered.input_size[-1])
+    found = convert.read_released(
+        path,
+        model,
+        ema=None if weights == "auto" else weights == "ema",
+        input_size=input_size or None,
+        window_size=window_size or None,
+    )
+    registered: Any = timm.get_pretrained_cfg(found.model)
+    size = found.model_args["img_size"]
     crop = (registered.crop_pct, registered.crop_mode)
-    if model not in VARIANTS and size >= _SQUASHED_FROM:
+    if found.model not in VARIANTS and size >= _SQUASHED_FROM:
         crop = (1.0, "squash")
     source = PretrainedWeights(
         path=path,
         kind="released",
-        model=model,
-        model_args=arguments,
-        weights=weights,
-        which=which,
+        model=found.model,
+        model_args=found.model_args,
+        weights=found.weights,
+        which=found.which,
         classes=(),
         class_names=(),
         preprocessing=Preprocessing(size, *crop, registered.mean, registered.std),
-        note=note,
+        note="; ".join(found.report),
     )
     return _with_imagenet_classes(source)
 

@@ -147,7 +147,7 @@ def test_share_of_clamped_denominators_by_hand(model, images, inputs_seen):
     assert shares.keys() == linear.keys()
     for name, (layer, x, _) in linear.items():
         channels = x.shape[-1]
-        qkv = layer.qkv(x)[0].detach().double().relu()
+        qkv = layer.qkv(x)[0].detach().flatten(0, -2).double().relu()
         q, k = qkv[:, :channels], qkv[:, channels : 2 * channels]
         below = []
         for head in range(layer.num_heads):

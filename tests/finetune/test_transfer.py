@@ -225,10 +225,10 @@ def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path):
     write_checkpoint(tmp_path / "bare", bare)
     refused(fresh(), tmp_path / "bare", "missing", "stages.0.blocks.1.lcm")
     write_checkpoint(tmp_path / "whole", fresh())
-    refused(bare, tmp_path / "whole", "not in the model", "stages.0.blocks.1.lcm")
+    refused(bare, tmp_path / "whole", "unknown", "stages.0.blocks.1.lcm")
     small = timm.create_model("l2vit_mini", num_classes=10, lcm_kernel=3)
     write_checkpoint(tmp_path / "small", small)
-    refused(fresh(), tmp_path / "small", "(32, 1, 3, 3)", "(32, 1, 7, 7)", "lcm.conv1.weight")
+    refused(fresh(), tmp_path / "small", "32x1x3x3", "32x1x7x7", "lcm.conv1.weight")
 
 
 def test_wrong_classes_are_refused(run, tmp_path, model):

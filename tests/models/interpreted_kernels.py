@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 import triton.runtime.interpreter as interpreter
 
-from l2vit.models import linear_attention
-from l2vit.models.depthwise import DepthwiseConv
-from l2vit.models.kernels import choice
-from l2vit.models.kernels import depthwise as depthwise_kernels
-from l2vit.models.kernels import linear_attention as attention_kernels
+from l2vit.models import ops
+from l2vit.models.layers import DepthwiseConv
+from l2vit.models.ops import gpu, reference
+from l2vit.models.ops import triton_depthwise as depthwise_kernels
+from l2vit.models.ops import triton_linear_attention as attention_kernels
 
 # bf16 has 8 bits; the interpreter cuts where a GPU rounds, so outputs are off by up to 2^-7.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -30,9 +30,9 @@ def loops_with_numpy_2_4():
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(choice, "_DEVICES", ("cpu",))
-    monkeypatch.setattr(choice, "_capable", lambda index: True)
-    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(gpu, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(gpu, "_capable", lambda index: True)
+    monkeypatch.setattr(gpu, "_verdicts", {})
 
 
 def eq_4(qkv, scale, heads, clamp):
@@ -42,6 +42,12 @@ def eq_4(qkv, scale, heads, clamp):
     total = torch.where(weights.sum(3) >= clamp, weights.sum(3), clamp)
     factor = 1.0 if scale is None else scale
     return torch.einsum("bhij,bjhd->bihd", factor * weights / total[..., None], v).flatten(2)
+
+
+def plain(qkv, scale, heads, clamp):
+    """The reference in PyTorch, from the fused projection."""
+    out = reference.linear_attention(*ops.split_qkv(qkv, heads), scale, clamp)
+    return ops.join_heads(out)
 
 
 def correlate(x, weight, bias):
@@ -127,7 +133,7 @@ def test_nan_goes_where_the_formula_takes_it(place):
     qkv.requires_grad_()
     upstream = torch.randn(1, 40, 32)
     found = []
-    for call in (torch.ops.l2vit.linear_attention, linear_attention.plain):
+    for call in (torch.ops.l2vit.linear_attention, plain):
         out = call(qkv, None, 2, 3.0)
         out = out if torch.is_tensor(out) else out[0]
         found.append((out.isnan(), torch.autograd.grad(out, qkv, upstream)[0].isnan()))
@@ -193,29 +199,29 @@ def test_chosen_checked_and_compiled(on_cpu):
     torch.manual_seed(0)
 
     def run(qkv):
-        return linear_attention.linear_attention(qkv, None, 2, 30.0) * 2
+        return ops.linear_attention(qkv, None, 2, 30.0) * 2
 
     qkv = torch.randn(1, 40, 6 * 32, requires_grad=True)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     (grad,) = torch.autograd.grad(compiled(qkv).sum(), qkv)
-    assert choice._verdicts == {("linear_attention", 0): True}
+    assert gpu._verdicts == {("linear_attention", 0): True}
     module = torch.nn.Module()
     module.forward = run
     assert "l2vit" not in str(torch.export.export(module, (qkv.detach(),)).graph)
-    with choice.use(False):
-        assert not choice.chosen("linear_attention", qkv)
+    with ops.use_triton(False):
+        assert not gpu.may_run("linear_attention", qkv)
         (expected,) = torch.autograd.grad(run(qkv).sum(), qkv)
     torch.testing.assert_close(grad, expected)
     strange = torch.randn(1, 40, 3 * 24)  # a head width that no kernel is written for
     assert torch.equal(
-        linear_attention.linear_attention(strange, None, 1, 5.0),
-        linear_attention.plain(strange, None, 1, 5.0),
+        ops.linear_attention(strange, None, 1, 5.0),
+        plain(strange, None, 1, 5.0),
     )
 
 
 def test_autocast(on_cpu, monkeypatch):
-    monkeypatch.setattr(choice, "_verdicts", {("depthwise", 0): True})
-    conv, x = DepthwiseConv(4, 3), torch.randn(1, 3, 3, 4, requires_grad=True)
+    monkeypatch.setattr(gpu, "_verdicts", {("depthwise", 0): True})
+    conv, x = DepthwiseConv(4, 3), torch.randn(1, 4, 3, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(x)
     assert out.dtype == torch.bfloat16

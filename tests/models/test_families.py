@@ -10,12 +10,12 @@ from timm.models import group_parameters
 
 import l2vit  # noqa: F401
 from l2vit.models.count import count_macs, count_parameters
-from l2vit.models.families_format import rename
-from l2vit.models.host import adapt_state_dict
-from l2vit.models.host_cswin import CSwin
-from l2vit.models.host_deit import Deit
-from l2vit.models.host_pvt import Pvt, PvtV2
-from l2vit.models.host_swin import Swin
+from l2vit.models.families.cswin import CSwin
+from l2vit.models.families.deit import Deit
+from l2vit.models.families.pvt import Pvt, PvtV2
+from l2vit.models.families.resize import adapt_state_dict
+from l2vit.models.families.swin import Swin
+from l2vit.models.released_keys import rename
 
 # families.md section 4: input, learned parameters in M, multiply-adds in G.
 SIZES = """
@@ -123,7 +123,7 @@ def test_softmax_blocks_with_reduced_keys(net):
         types=net.types,
         attention="focused",
     )
-    model.load_state_dict({rename(cls, key): value for key, value in weights.items()})
+    model.load_state_dict({rename(cls.__name__, key): value for key, value in weights.items()})
     image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     answer = model.double().eval()(image)[0]
     torch.testing.assert_close(

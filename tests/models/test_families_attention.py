@@ -5,11 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from l2vit.models.attention_focused import FocusedCore, focus
-from l2vit.models.attention_injective import InjectiveCore
-from l2vit.models.attentions import CORES, linear_blocks
-from l2vit.models.cores import Site, SoftmaxCore
-from l2vit.models.host import FusedProjected
+from l2vit.models.families.attention import AttentionSpec, SoftmaxAttention
+from l2vit.models.families.base import ATTENTIONS, FusedProjected, linear_blocks
+from l2vit.models.families.focused import FocusedAttention, focus
+from l2vit.models.families.injective import InjectiveAttention
 
 SIDE, DIM, HEADS = 4, 12, 3
 
@@ -25,7 +24,9 @@ def tensors(tokens, keys=None, dtype=torch.float64, scale=1.0):
 
 def focused_core(prefix=0, keys=0):
     torch.manual_seed(0)
-    core = FocusedCore(Site(DIM, HEADS, (SIDE, SIDE), prefix=prefix, keys=keys)).double()
+    core = FocusedAttention(
+        AttentionSpec(DIM, HEADS, (SIDE, SIDE), prefix=prefix, keys=keys)
+    ).double()
     for table in (core.scale, core.positional_encoding):
         torch.nn.init.normal_(table, std=0.5)
     return core
@@ -33,7 +34,7 @@ def focused_core(prefix=0, keys=0):
 
 def injective_core(prefix=0):
     torch.manual_seed(0)
-    return InjectiveCore(Site(DIM, HEADS, (SIDE, SIDE), prefix=prefix)).double()
+    return InjectiveAttention(AttentionSpec(DIM, HEADS, (SIDE, SIDE), prefix=prefix)).double()
 
 
 @pytest.mark.parametrize("keys", [16, 4], ids=["all keys", "reduced keys"])
@@ -61,10 +62,10 @@ def test_injective_equals_its_formula(prefix):
         )
 
 
-@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_gradients_in_float64(name):
     torch.manual_seed(0)
-    core = CORES[name](Site(DIM, HEADS, (SIDE, SIDE), prefix=1)).double()
+    core = ATTENTIONS[name](AttentionSpec(DIM, HEADS, (SIDE, SIDE), prefix=1)).double()
     inputs = [t.requires_grad_() for t in tensors(17)]
     parameters = list(core.parameters())
 
@@ -74,19 +75,19 @@ def test_gradients_in_float64(name):
     assert torch.autograd.gradcheck(function, (*inputs, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", [n for n in CORES if n != "xca"])  # it weighs channels
+@pytest.mark.parametrize("name", [n for n in ATTENTIONS if n != "xca"])  # it weighs channels
 def test_attention_map_is_what_weighs_the_values(name):
     """Rows of the map times v, plus what the convolution beside it adds, is the output."""
     torch.manual_seed(0)
-    core = CORES[name](Site(DIM, HEADS, (SIDE, SIDE))).double()
+    core = ATTENTIONS[name](AttentionSpec(DIM, HEADS, (SIDE, SIDE))).double()
     attention = FusedProjected(DIM, core).double()
     x = torch.randn(2, SIDE, SIDE, DIM, dtype=torch.float64)
     q, k, v = attention.project(x.flatten(1, 2), (SIDE, SIDE))
     heads = attention.attention_map(x) @ v.view(2, 16, HEADS, -1).transpose(1, 2)
     out = heads.transpose(1, 2).reshape(2, 16, DIM)
-    if isinstance(core, FocusedCore):
+    if isinstance(core, FocusedAttention):
         out = out + core.local(v, (SIDE, SIDE))
-    if isinstance(core, InjectiveCore):
+    if isinstance(core, InjectiveAttention):
         out = out + core.local(v, (SIDE, SIDE), x.flatten(1, 2))
     torch.testing.assert_close(core(q, k, v, (SIDE, SIDE), x.flatten(1, 2)), out)
 
@@ -122,7 +123,7 @@ def test_sums_of_the_weights():
 def test_half_precision_stays_near(name, dtype):
     """3,136 tokens of size 10: Σ k vᵀ and q³ leave fp16 unless scaled (sections 1 and 2)."""
     torch.manual_seed(0)
-    core = CORES[name](Site(DIM, HEADS, (56, 56)))
+    core = ATTENTIONS[name](AttentionSpec(DIM, HEADS, (56, 56)))
     q, k, v, source = (10 * torch.rand(1, 3136, DIM) for _ in range(4))
     with torch.no_grad():
         expected = core(q, k, v, (56, 56), source)
@@ -136,7 +137,7 @@ def test_half_precision_stays_near(name, dtype):
 
 
 def test_all_zero_tokens_in_half_precision():
-    core = FocusedCore(Site(DIM, HEADS, (SIDE, SIDE))).half()
+    core = FocusedAttention(AttentionSpec(DIM, HEADS, (SIDE, SIDE))).half()
     q = torch.zeros(1, 16, DIM, dtype=torch.float16, requires_grad=True)
     out = core(q, q, q + 1, (SIDE, SIDE), q)
     out.float().sum().backward()
@@ -152,7 +153,7 @@ def test_weak_keys_in_half_precision(weak):
     q, k, v, source = tensors(16)
     k = torch.cat([k[..., :4].abs() * weak, k[..., 4:]], 2)
     given = [t.half().requires_grad_() for t in (q, k, v)]
-    half = FocusedCore(Site(DIM, HEADS, (SIDE, SIDE))).half()
+    half = FocusedAttention(AttentionSpec(DIM, HEADS, (SIDE, SIDE))).half()
     half.load_state_dict(core.state_dict())
     answer = half(*given, (SIDE, SIDE), source.half())
     answer.float().square().sum().backward()
@@ -166,7 +167,9 @@ def test_weak_keys_in_half_precision(weak):
 
 def test_softmax_is_the_textbook_one():
     q, k, v, source = tensors(16, 4)
-    answer = SoftmaxCore(Site(DIM, HEADS, (SIDE, SIDE), keys=4))(q, k, v, (SIDE, SIDE), source)
+    answer = SoftmaxAttention(AttentionSpec(DIM, HEADS, (SIDE, SIDE), keys=4))(
+        q, k, v, (SIDE, SIDE), source
+    )
     expected = torch.stack(
         [reference.softmax(a, b, c, HEADS) for a, b, c in zip(q, k, v, strict=True)]
     )
@@ -182,7 +185,7 @@ def test_which_blocks_are_linear():
 
 def test_large_values_of_the_enhanced_core_are_clamped_below_100():
     """L²ViT's own rule holds in other hosts, too: tiny denominators count as 100."""
-    core = CORES["enhanced"](Site(DIM, HEADS, (SIDE, SIDE))).double()
+    core = ATTENTIONS["enhanced"](AttentionSpec(DIM, HEADS, (SIDE, SIDE))).double()
     q, k, v, source = tensors(16, scale=1e-2)
     answer = core(q, k, v, (SIDE, SIDE), source)
     parts = [t.view(2, 16, HEADS, -1).transpose(1, 2) for t in (F.relu(q), F.relu(k), v)]

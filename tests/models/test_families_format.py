@@ -12,7 +12,7 @@ import torch
 import l2vit  # noqa: F401
 from finetune import export_timm
 from l2vit.errors import UserError
-from l2vit.models.families_format import convert_released
+from l2vit.models.convert import read_released
 
 MINI = {"dims": (32, 64, 128, 256), "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8)}
 PVT = {"dims": (64, 128, 320, 512), "depths": (2, 2, 2, 2)}
@@ -73,7 +73,7 @@ def mini():
 
 
 def convert(path, **wishes):
-    return convert_released(path, "flatten_swin_mini", input_size=32, window_size=4, **wishes)
+    return read_released(path, "flatten_swin_mini", input_size=32, window_size=4, **wishes)
 
 
 def test_every_container(mini, tmp_path):
@@ -95,7 +95,7 @@ def test_every_container(mini, tmp_path):
         assert torch.equal(raw.weights[key], value)
         assert torch.equal(ema.weights[key], value + 1)
     assert any("dropped 2 index tables and masks" in line for line in raw.report)
-    with pytest.raises(UserError, match="no state_dict_ema"):
+    with pytest.raises(UserError, match="no model_ema or state_dict_ema"):
         convert(flat, ema=True)
 
 
@@ -151,10 +151,10 @@ def test_files_that_do_not_fit_are_refused(mini, tmp_path, capsys):
     )
     assert message(lambda w: None, config=Evil()).endswith("Unsupported global: GLOBAL print")
     assert "run by the unpickler" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="no FLatten or InLine model"):
-        convert_released(file, "l2vit_tiny")
+    with pytest.raises(UserError, match="released files of 'swin_tiny' are not known"):
+        read_released(file, "swin_tiny")
     with pytest.raises(UserError, match="checkpoint not found"):
-        convert_released(tmp_path / "absent.pth", "flatten_swin_mini")
+        read_released(tmp_path / "absent.pth", "flatten_swin_mini")
 
 
 def test_unused_norm_is_dropped_by_name_and_only_in_flatten_pvt(tmp_path):
@@ -162,7 +162,7 @@ def test_unused_norm_is_dropped_by_name_and_only_in_flatten_pvt(tmp_path):
     weights = reference.released_weights(net)
     extra = {"norm.weight": torch.full((512,), 7.0), "norm.bias": torch.ones(512)}
     file = save(tmp_path / "pvt.pth", {**weights, **extra})
-    found = convert_released(file, "flatten_pvt_tiny", input_size=64)
+    found = read_released(file, "flatten_pvt_tiny", input_size=64)
     assert [line.split(":")[0] for line in found.report[1:]] == [
         "dropped norm.weight",
         "dropped norm.bias",
@@ -170,7 +170,7 @@ def test_unused_norm_is_dropped_by_name_and_only_in_flatten_pvt(tmp_path):
     inline = NETWORKS["inline_pvt_tiny"]
     save(file, {**reference.released_weights(inline), **extra})
     with pytest.raises(UserError, match=r"unknown \(norm\.weight, norm\.bias\)"):
-        convert_released(file, "inline_pvt_tiny", input_size=64)
+        read_released(file, "inline_pvt_tiny", input_size=64)
 
 
 def bicubic(picture, size):
@@ -195,7 +195,7 @@ def bicubic(picture, size):
 def test_another_input_size_resizes_the_tables(mini, tmp_path):
     _, weights = mini
     file = save(tmp_path / "small.pth", weights)
-    found = convert_released(file, "flatten_swin_mini", input_size=64, window_size=8)
+    found = read_released(file, "flatten_swin_mini", input_size=64, window_size=8)
     assert sum("resized" in line for line in found.report) == 2 * 2 + 2 * 2
     encoding = weights["layers.1.blocks.0.attn.positional_encoding"]  # 4×4 -> 8×8
     ours = found.weights["stages.1.blocks.0.attn.core.positional_encoding"]
@@ -211,7 +211,7 @@ def test_another_input_size_resizes_the_tables(mini, tmp_path):
 
     deit = NETWORKS["inline_deit_tiny"]
     weights = reference.released_weights(deit)
-    found = convert_released(save(file, weights), "inline_deit_tiny", input_size=96)
+    found = read_released(save(file, weights), "inline_deit_tiny", input_size=96)
     table = found.weights["pos_embed"]
     assert torch.equal(table[:, 0], weights["pos_embed"][:, 0])  # the class token's row
     expected = bicubic(weights["pos_embed"][0, 1:, 5].view(4, 4), 6)

@@ -5,7 +5,6 @@ import re
 import runpy
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -13,9 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2vit.models import kernels
-from l2vit.models.kernels import choice
-from l2vit.models.linear_attention import linear_attention, plain
+from l2vit.models import ops
+from l2vit.models.ops import gpu
 
 triton = pytest.importorskip("triton")
 
@@ -50,7 +48,7 @@ def build(module, name, constants, kind, architecture):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    loaded = pytest.importorskip(f"l2vit.models.kernels.{module}")
+    loaded = pytest.importorskip(f"l2vit.models.ops.triton_{module}")
     if module == "linear_attention":
         precision = "ieee" if kind == "fp32" else "tf32"
         constants = ATTENTION | {"PRECISION": precision} | constants
@@ -85,7 +83,7 @@ def test_compiles_where_sizes_are_one(module, name, constants, tmp_path, monkeyp
     """Triton makes a constant of every argument that is 1 (one split, one tile across, ...), which
     has none of a tensor's methods; heads of 16 beside it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    arguments = getattr(pytest.importorskip(f"l2vit.models.kernels.{module}"), name).arg_names
+    arguments = getattr(pytest.importorskip(f"l2vit.models.ops.triton_{module}"), name).arg_names
     ones = {argument: 1 for argument in (*ONES, "chunk") if argument in arguments}
     narrow = {"D": 16} if module == "linear_attention" else {}
     assert build(module, name, constants | ones | narrow, "fp16", 90).asm["cubin"]
@@ -94,13 +92,12 @@ def test_compiles_where_sizes_are_one(module, name, constants, tmp_path, monkeyp
 @pytest.fixture
 def able(monkeypatch):
     """A CPU that passes for a GPU."""
-    monkeypatch.setattr(choice, "_DEVICES", ("cpu",))
-    monkeypatch.setattr(choice, "_capable", lambda index: True)
-    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(gpu, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(gpu, "_capable", lambda index: True)
+    monkeypatch.setattr(gpu, "_verdicts", {})
 
     def install(check):
-        module = types.SimpleNamespace(check=check)
-        monkeypatch.setattr(choice.importlib, "import_module", lambda name: module)
+        monkeypatch.setattr(gpu, "_check", lambda kernel: check)
 
     return install
 
@@ -109,11 +106,12 @@ def test_a_kernel_that_disagrees_is_left_alone(able):
     able(lambda device, dtype: ([torch.ones(3)], [torch.ones(3) * 1.1]))
     x = torch.randn(2, 40, 96)
     with pytest.warns(UserWarning, match="linear_attention is not used.*differs by 9"):
-        out = linear_attention(x, None, 1, 1.0)
-    assert torch.equal(out, plain(x, None, 1, 1.0))
+        out = ops.linear_attention(x, None, 1, 1.0)
+    with ops.use_triton(False):
+        assert torch.equal(out, ops.linear_attention(x, None, 1, 1.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not kernels.chosen("linear_attention", x)
+        assert not gpu.may_run("linear_attention", x)
 
 
 def test_a_kernel_that_fails_is_left_alone(able):
@@ -122,7 +120,7 @@ def test_a_kernel_that_fails_is_left_alone(able):
 
     able(check)
     with pytest.warns(UserWarning, match="depthwise is not used.*RuntimeError: out of resource$"):
-        assert not kernels.chosen("depthwise", torch.zeros(1))
+        assert not gpu.may_run("depthwise", torch.zeros(1))
 
 
 def test_a_graph_being_captured_is_not_the_place_for_the_check(able, monkeypatch):
@@ -130,35 +128,35 @@ def test_a_graph_being_captured_is_not_the_place_for_the_check(able, monkeypatch
     capturing = [True, False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.pop(0))
-    assert [kernels.chosen("depthwise", torch.zeros(1)) for _ in range(3)] == [False, True, True]
+    assert [gpu.may_run("depthwise", torch.zeros(1)) for _ in range(3)] == [False, True, True]
 
 
 def test_switch_and_types(able, monkeypatch):
     seen = []
     able(lambda device, dtype: (seen.append(dtype), ([torch.ones(1)],) * 2)[1])
     x = torch.zeros(1)
-    with kernels.use(False):
-        assert not kernels.chosen("depthwise", x)
-    assert not kernels.chosen("depthwise", x.double()) and seen == []
+    with ops.use_triton(False):
+        assert not gpu.may_run("depthwise", x)
+    assert not gpu.may_run("depthwise", x.double()) and seen == []
     for _ in range(2):
-        assert kernels.chosen("depthwise", x)
+        assert gpu.may_run("depthwise", x)
     assert seen == [torch.float32, torch.bfloat16, torch.float16]  # once, whatever x is
-    monkeypatch.setattr(choice, "_DEVICES", ("cuda",))
-    assert not kernels.chosen("depthwise", x)
+    monkeypatch.setattr(gpu, "_DEVICES", ("cuda",))
+    assert not gpu.may_run("depthwise", x)
 
 
 def test_a_flop_counter_sees_pytorchs_operators(able):
     able(lambda device, dtype: ([torch.ones(1)],) * 2)
     x = torch.zeros(1)
     with FlopCounterMode(display=False):
-        assert not kernels.chosen("depthwise", x)
-    assert kernels.chosen("depthwise", x)
+        assert not gpu.may_run("depthwise", x)
+    assert gpu.may_run("depthwise", x)
 
 
 @pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True)])
 def test_switched_by_the_environment(value, on, monkeypatch):
     monkeypatch.setenv("L2VIT_TRITON", value)
-    assert runpy.run_path(choice.__file__)["_on"] is on
+    assert runpy.run_path(gpu.__file__)["_on"] is on
 
 
 @pytest.mark.gpu
@@ -166,7 +164,7 @@ def test_switched_by_the_environment(value, on, monkeypatch):
 def test_agrees_on_this_gpu(kernel):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choice._agrees(kernel, torch.device("cuda"))
+        assert gpu._agrees(kernel, torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -181,7 +179,7 @@ def test_model_with_and_without_kernels_on_a_gpu(dtype):
     for on in (True, False):
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True)
-        with kernels.use(on), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        with ops.use_triton(on), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             out = compiled(images).float()
         found.append((out.detach(), *torch.autograd.grad(out.square().sum(), model.parameters())))
     for a, b in zip(*found, strict=True):

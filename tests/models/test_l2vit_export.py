@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import l2vit  # noqa: F401
-from l2vit.models.tracing import export_any_size
+from l2vit.models.export import export_any_size
 
 SIZES = [(1, 75, 131), (3, 64, 64), (2, 33, 250), (1, 224, 224), (2, 34, 33)]
 

@@ -9,7 +9,7 @@ import torch
 from l2vit_reference import MINI, TINY, reference
 
 from l2vit.errors import UserError
-from l2vit.models.timm_format import convert_authors
+from l2vit.models.convert import read_released
 
 
 def released(path, **content):
@@ -28,16 +28,16 @@ def test_weights_arrive(tmp_path, paper):
     path = released(
         tmp_path / "l2vit.pth", model=paper.state_dict(), model_ema=averaged, args=args, epoch=3
     )
-    found = convert_authors(path, ema=False)
-    assert found.model_name == "l2vit_mini" and "raw" in found.report[0]
-    assert vars(found.args) == {"window_size": 12, "input_size": 384, "num_classes": 7}
-    model = timm.create_model(found.model_name, num_classes=7, window_size=12).eval()
-    model.load_state_dict(found.state_dict)
+    found = read_released(path, ema=False)
+    assert found.model == "l2vit_mini" and "raw" in found.report[0]
+    assert found.model_args == {"window_size": 12, "img_size": 384}
+    model = timm.create_model(found.model, num_classes=7, window_size=12).eval()
+    model.load_state_dict(found.weights)
     images = torch.randn(1, 3, 100, 70, dtype=torch.float64)
     torch.testing.assert_close(model(images.float()).double(), paper(images), rtol=1e-3, atol=1e-4)
-    ema = convert_authors(path).state_dict["norm.bias"]
-    torch.testing.assert_close(ema, found.state_dict["norm.bias"] + 1)
-    assert convert_authors(path, window_size=7, input_size=224).args.window_size == 7
+    ema = read_released(path).weights["norm.bias"]
+    torch.testing.assert_close(ema, found.weights["norm.bias"] + 1)
+    assert read_released(path, window_size=7, input_size=224).model_args["window_size"] == 7
 
 
 def test_timm_loads_the_file_itself(tmp_path, paper):
@@ -60,10 +60,10 @@ def test_sizes_are_recognised(tmp_path, size, classes):
     zeros = {
         key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()
     }
-    found = convert_authors(released(tmp_path / "x.pth", model=zeros, args=argparse.Namespace()))
+    found = read_released(released(tmp_path / "x.pth", model=zeros, args=argparse.Namespace()))
     name = {96: {6: "l2vit_tiny", 18: "l2vit_small"}, 128: {18: "l2vit_base"}}[size[0]][size[1][2]]
-    assert found.model_name == name and found.args.num_classes == classes
-    assert (found.args.window_size, found.args.input_size) == (7, 224)
+    assert found.model == name and len(found.weights["head.fc.bias"]) == classes
+    assert found.model_args == {"window_size": 7, "img_size": 224}
     assert any("assumed 7" in line for line in found.report)
 
 
@@ -92,11 +92,11 @@ def test_what_is_refused(tmp_path, paper, monkeypatch):
     for content, ema, message in cases:
         path = released(tmp_path / "file.pth", **content)
         with pytest.raises(UserError) as caught:
-            convert_authors(path, ema=ema)
+            read_released(path, ema=ema)
         assert message in str(caught.value) and "file.pth" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "harmed").exists()
     (tmp_path / "text.pth").write_text("no checkpoint")
     for name in ("text.pth", "absent.pth"):
         with pytest.raises(UserError, match=name):
-            convert_authors(tmp_path / name)
+            read_released(tmp_path / name)

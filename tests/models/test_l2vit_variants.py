@@ -8,8 +8,8 @@ import torch
 from timm.models import save_for_hf
 
 import l2vit  # noqa: F401
+from l2vit.models.export import export_any_size
 from l2vit.models.registry import SIZES, VARIANTS
-from l2vit.models.tracing import export_any_size
 
 NAMES = [*SIZES, *VARIANTS]
 SMALL = {"embed_dim": 32, "depths": (2, 2), "num_classes": 7}

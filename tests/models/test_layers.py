@@ -1,6 +1,5 @@
 """The parts, each against a plain float64 formula or PyTorch's own."""
 
-import copy
 import math
 import os
 import subprocess
@@ -11,23 +10,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from l2vit.models import dense
-from l2vit.models.attentions import CORES
-from l2vit.models.cores import Site
-from l2vit.models.dense import Linear
-from l2vit.models.depthwise import DepthwiseConv, depthwise
+from l2vit.models import ops
+from l2vit.models.families.attention import AttentionSpec
+from l2vit.models.families.base import ATTENTIONS
 from l2vit.models.layers import (
     BatchNorm2d,
+    DepthwiseConv,
     LinearAttention,
     Mlp,
-    SoftmaxAttention,
     WindowAttention,
-    softmax_attention,
-    window_merge,
-    window_partition,
 )
-from l2vit.models.linear_attention import linear_attention, plain
+from l2vit.models.ops import linear_attention, reference, softmax_attention
+from l2vit.models.ops.windows import merge, partition
+
+
+def by_formula(qkv, scale, heads, clamp):
+    """The reference, from the fused projection."""
+    return ops.join_heads(reference.linear_attention(*ops.split_qkv(qkv, heads), scale, clamp))
 
 
 def attention_by_loops(qkv, scale, heads, clamp):
@@ -46,21 +47,18 @@ def attention_by_loops(qkv, scale, heads, clamp):
 
 
 @pytest.mark.parametrize("tokens", [20, 130])
-@pytest.mark.parametrize("qk_first", [False, True])
-def test_linear_attention_is_eq_4(tokens, qk_first):
+@pytest.mark.parametrize("order", ["kv", "qk", "auto"])
+def test_linear_attention_is_eq_4(tokens, order):
     torch.manual_seed(0)
     qkv = torch.randn(2, tokens, 3 * 16, dtype=torch.float64)
     scale = torch.rand(2, 1, 1, dtype=torch.float64)
     clamp = 0.6 * tokens  # between the denominators
-    seen = []
     expected = attention_by_loops(qkv, scale, 2, clamp)
-    got = linear_attention(qkv, scale, 2, clamp, qk_first=qk_first)
-    torch.testing.assert_close(got, expected)
-    observed = linear_attention(qkv, scale, 2, clamp, qk_first=qk_first, observer=seen.append)
-    torch.testing.assert_close(observed, expected)
-    assert (
-        seen[0].shape == (2, 2, tokens, 1) and (seen[0] < clamp).any() and (seen[0] > clamp).any()
-    )
+    torch.testing.assert_close(linear_attention(qkv, scale, 2, clamp, order), expected)
+    as_map = linear_attention(qkv.unflatten(1, (-1, 2)), scale, 2, clamp, order)
+    torch.testing.assert_close(as_map.flatten(1, 2), expected)
+    found = ops.linear_attention_denominators(qkv, 2)
+    assert found.shape == (2, 2, tokens, 1) and (found < clamp).any() and (found > clamp).any()
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
@@ -72,7 +70,7 @@ def test_linear_attention_gradients(with_scale):
     weights = torch.randn(1, 130, 8, dtype=torch.float64)
     wrt = (qkv, scale) if with_scale else (qkv,)
     fast = torch.autograd.grad((linear_attention(qkv, scale, 2, 60.0) * weights).sum(), wrt)
-    formula = torch.autograd.grad((plain(qkv, scale, 2, 60.0) * weights).sum(), wrt)
+    formula = torch.autograd.grad((by_formula(qkv, scale, 2, 60.0) * weights).sum(), wrt)
     torch.testing.assert_close(fast, formula)
     direction = torch.randn_like(qkv)
     with torch.no_grad():
@@ -90,7 +88,7 @@ def test_linear_attention_in_low_precision(dtype):
     torch.manual_seed(0)
     qkv = (30 * torch.randn(1, 3000, 3 * 32)).to(dtype).requires_grad_()
     expected = attention_by_loops(qkv.detach(), torch.ones(1, 1, 1), 1, 100.0)
-    for call in (linear_attention, plain):
+    for call in (linear_attention, by_formula):
         got = call(qkv, None, 1, 100.0)
         assert got.dtype == dtype
         error = (got.double() - expected).norm() / expected.norm()
@@ -107,20 +105,27 @@ def test_attention_map_rows():
     seen = []
     layer.observer = seen.append
     weights = layer.attention_map(x)
-    denominators = seen[0]
     v = layer.qkv(x)[..., 128:].view(1, 40, 2, 32).transpose(1, 2)
-    torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), layer.attend(x))
+    mixed = (weights @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer.proj(mixed), layer(x))
+    (denominators,) = seen
     sums = 32**-0.5 * denominators / denominators.clamp(min=5.0)
     torch.testing.assert_close(weights.sum(3, keepdim=True), sums)
 
 
 def test_order_follows_the_number_of_tokens():
     """Sec. 11: q kᵀ first below 32 tokens. The products made tell which it was."""
-    layer = LinearAttention(32, 1)
-    for tokens, expected in ((31, True), (32, False)):
-        assert layer._multiply_qk_first(tokens) is expected
-    layer.order = "kv"
-    assert not layer._multiply_qk_first(4)
+    for tokens, order, macs in (
+        (31, "auto", 2 * 31 * 31 * 32),
+        (32, "auto", 2 * 32 * 32 * 32),
+        (40, "auto", 2 * 40 * 32 * 32),
+        (4, "kv", 2 * 4 * 32 * 32),
+        (40, "qk", 2 * 40 * 40 * 32),
+    ):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            linear_attention(torch.randn(1, tokens, 3 * 32), None, 1, 100.0, order)
+        assert counter.get_total_flops() == 2 * (macs + tokens * 32)  # and the denominators
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (1, 1), (2, 9), (14, 14), (3, 2)])
@@ -130,7 +135,7 @@ def test_depthwise_gradients(shape, kernel):
     x = torch.randn(2, *shape, 8, requires_grad=True)
     weight = torch.randn(8, 1, kernel, kernel, requires_grad=True)
     bias = torch.randn(8, requires_grad=True)
-    out = depthwise(x, weight, bias)
+    out = ops.depthwise_conv(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
     upstream = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, (x, weight, bias), upstream))
     x, weight, bias = (t.detach().double().requires_grad_() for t in (x, weight, bias))
@@ -146,94 +151,14 @@ def test_depthwise_gradients(shape, kernel):
 
 def test_depthwise_can_be_differentiated_twice():
     conv = DepthwiseConv(2, 5)
-    x = torch.randn(1, 4, 4, 2, requires_grad=True)
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
     (first,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     twin = nn.Conv2d(2, 2, 5, padding=2, groups=2)
     twin.load_state_dict(conv.state_dict())
-    y = twin(x.permute(0, 3, 1, 2))
+    y = twin(x)
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), x)[0])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_equals_torchs(bias, dtype):
-    layer, twin = (kind(6, 10, bias=bias, dtype=dtype) for kind in (Linear, nn.Linear))
-    twin.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 3, 4, 6, dtype=dtype, requires_grad=True)
-    bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    upstream = torch.randn(2, 3, 4, 10, dtype=dtype)
-    results = []
-    for each in (layer, twin):
-        out = each(x)
-        results.append((out, *torch.autograd.grad(out, (x, *each.parameters()), upstream)))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, **(bound or {"rtol": 1e-4, "atol": 1e-5}))
-    with torch.no_grad():
-        torch.testing.assert_close(layer.with_gelu(x), F.gelu(twin(x)), **bound)
-
-
-def test_mlp_in_pieces(monkeypatch):
-    mlp, x = Mlp(8, 32), torch.randn(2, 5, 5, 8)
-    whole = mlp(x)
-    whole.sum().backward()
-    grads = [p.grad.clone() for p in mlp.parameters()]
-    monkeypatch.setattr(dense, "PIECE_BYTES", 1000)
-    for recomputed in (False, True):
-        mlp.zero_grad()
-        mlp.grad_checkpointing = recomputed
-        pieces = mlp(x, x)
-        pieces.sum().backward()
-        torch.testing.assert_close(pieces, x + whole)
-        for parameter, grad in zip(mlp.parameters(), grads, strict=True):
-            torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_residual_rides_along(dtype):
-    """Linear, MLP (whole and in pieces) and attentions with ``add`` equal the sum beside them."""
-    torch.manual_seed(0)
-    bound = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}[dtype]
-    layers = [Linear(32, 32), Mlp(32, 64), WindowAttention(32, 1, 4), LinearAttention(32, 1)]
-    for layer in layers:
-        shape = (1, 150, 32) if isinstance(layer, LinearAttention) else (2, 5, 6, 32)
-        x, add, upstream = torch.randn(3, *shape, dtype=dtype)
-        layer = layer.to(dtype)
-        results = []
-        for module, how in ((layer, torch.Tensor.to), (copy.deepcopy(layer).double(), None)):
-            leaves = [t.detach().clone() if how else t.double() for t in (x, add)]
-            leaves = [leaf.requires_grad_() for leaf in leaves]
-            out = module(leaves[0], add=leaves[1]) if how else module(leaves[0]) + leaves[1]
-            wrt = (*leaves, *(p for p in module.parameters()))
-            results.append((out, *torch.autograd.grad(out, wrt, upstream.to(out.dtype))))
-        for got, expected in zip(*results, strict=True):
-            error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-3)
-            assert error < bound, type(layer).__name__
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kernel", [3, 7])
-def test_depthwise_with_input_and_with_gelu(dtype, kernel):
-    torch.manual_seed(0)
-    conv, x = DepthwiseConv(8, kernel).to(dtype), torch.randn(2, 5, 9, 8, dtype=dtype)
-    bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    twin = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=8).double()
-    twin.load_state_dict(conv.state_dict())
-    plain = twin(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    got, expected = conv.with_input(x), x.double() + plain
-    torch.testing.assert_close(got, expected.to(dtype), **(bound or {"rtol": 1e-4, "atol": 1e-5}))
-    upstream = torch.randn_like(plain)
-    mine = torch.autograd.grad(got, conv.parameters(), upstream.to(dtype))
-    theirs = torch.autograd.grad(expected, twin.parameters(), upstream, retain_graph=True)
-    for a, b in zip(mine, theirs, strict=True):
-        assert (a.double() - b).norm() < (2e-2 if bound else 1e-5) * b.norm()
-    with torch.no_grad():
-        low = conv.with_gelu(x)
-    assert low.is_contiguous()
-    bound = bound or {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(low, F.gelu(plain).to(dtype), **bound)
-    torch.testing.assert_close(conv.with_gelu(x), low, **bound)
 
 
 def test_bf16_on_a_processor_without_avx512():
@@ -252,15 +177,6 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_linear_can_be_differentiated_twice():
-    layer, x = Linear(4, 3), torch.randn(2, 4, requires_grad=True)
-    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), x)
-    weight = layer.weight.double()
-    hessian = 2 * weight.T @ weight
-    torch.testing.assert_close(second, (2 * first.double() @ hessian).float())
-
-
 @pytest.mark.parametrize("kind", ["pvt2", "local"])
 def test_mlps_of_figure_4(kind):
     mlp = Mlp(8, 16, kind).double().eval()
@@ -277,11 +193,11 @@ def test_mlps_of_figure_4(kind):
 
 def test_windows_there_and_back():
     x = torch.arange(2 * 6 * 8 * 3.0).view(2, 6, 8, 3)
-    windows = window_partition(x, 3, 4)
+    windows = partition(x, 3, 4)
     assert windows.shape == (8, 12, 3)
     torch.testing.assert_close(windows[1], x[0, :3, 4:].reshape(12, 3))
     torch.testing.assert_close(windows[6], x[1, 3:, :4].reshape(12, 3))
-    torch.testing.assert_close(window_merge(windows, 3, 4, 6, 8), x)
+    torch.testing.assert_close(merge(windows, 3, 4, 6, 8), x)
 
 
 def test_window_attention_pads_with_zeros_that_take_part():
@@ -289,10 +205,12 @@ def test_window_attention_pads_with_zeros_that_take_part():
     x = torch.randn(1, 5, 3, 32, dtype=torch.float64)
     padded = torch.zeros(1, 8, 4, 32, dtype=torch.float64)
     padded[:, :5, :3] = x
-    whole = SoftmaxAttention(32, 1).double()
-    whole.load_state_dict(attention.state_dict())
-    expected = torch.cat([whole(padded[:, r : r + 4].reshape(1, 16, 32)) for r in (0, 4)], 1)
-    torch.testing.assert_close(attention(x), expected.view(1, 8, 4, 32)[:, :5, :3])
+    rows = []
+    for row in (0, 4):
+        q, k, v = attention.qkv(padded[:, row : row + 4].reshape(16, 32)).chunk(3, dim=1)
+        rows.append(attention.proj((q @ k.T / math.sqrt(32)).softmax(1) @ v))
+    expected = torch.cat(rows).view(1, 8, 4, 32)[:, :5, :3]
+    torch.testing.assert_close(attention(x), expected)
 
 
 def test_softmax_attention_takes_a_bias():
@@ -352,7 +270,7 @@ def peer_by_loops(name, q, k, v):
 @pytest.mark.parametrize("name", ["xca", "efficient", "sima", "linear", "leaky", "cosformer"])
 def test_attentions_of_table_8(name):
     torch.manual_seed(0)
-    core = CORES[name](Site(12, 3, (3, 3), prefix=1)).double()
+    core = ATTENTIONS[name](AttentionSpec(12, 3, (3, 3), prefix=1)).double()
     q, k, v = torch.randn(3, 2, 10, 12, dtype=torch.float64).unbind(0)
     expected = torch.stack(
         [

@@ -91,7 +91,7 @@ def test_convolutions_and_batch_norm_keep_channels_last():
 
 def test_our_operators_are_followed_inside():
     """A depthwise layer, forward: its kernel, its output and the taps as (k·k, C)."""
-    from l2vit.models.kernels import depthwise  # noqa: F401  registers the operator
+    from l2vit.models.ops import triton_depthwise  # noqa: F401  registers the operator
 
     x, weight, bias = meta(2, 14, 14, 64), meta(64, 1, 7, 7), meta(64)
     found = recorded(lambda: torch.ops.l2vit.depthwise(x, weight, bias))

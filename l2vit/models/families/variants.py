@@ -10,29 +10,29 @@ from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from l2vit.models.host import adapt_state_dict
-from l2vit.models.host_cswin import CSwin
-from l2vit.models.host_deit import Deit
-from l2vit.models.host_pvt import Pvt, PvtV2
-from l2vit.models.host_swin import Swin
+from l2vit.models.families.cswin import CSwin
+from l2vit.models.families.deit import Deit
+from l2vit.models.families.pvt import Pvt, PvtV2
+from l2vit.models.families.resize import adapt_state_dict
+from l2vit.models.families.swin import Swin
 from l2vit.models.registry import build
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A registered model: its host, the host's arguments, and where the row comes from."""
+    """A registered model: its backbone, the backbone's arguments, and where the row comes from."""
 
-    host: type[nn.Module]
+    backbone: type[nn.Module]
     arguments: dict[str, Any]
     source: str
 
 
-def _focused(host: type[nn.Module], source: str, types: str, **arguments: Any) -> Variant:
-    return Variant(host, {"attention": "focused", "types": types, **arguments}, source)
+def _focused(backbone: type[nn.Module], source: str, types: str, **arguments: Any) -> Variant:
+    return Variant(backbone, {"attention": "focused", "types": types, **arguments}, source)
 
 
-def _injective(host: type[nn.Module], source: str, **arguments: Any) -> Variant:
-    return Variant(host, {"attention": "injective", **arguments}, source)
+def _injective(backbone: type[nn.Module], source: str, **arguments: Any) -> Variant:
+    return Variant(backbone, {"attention": "injective", **arguments}, source)
 
 
 _V2_NARROW = {"embed_dims": (32, 64, 160, 256)}
@@ -137,8 +137,8 @@ PEERS["deit_tiny_mixed"] = Variant(
 def _cfg(variant: Variant) -> dict[str, Any]:
     height, width = to_2tuple(variant.arguments.get("img_size", 224))
     straight = variant.source.endswith("Swin-B-384") and "CSwin" not in variant.source
-    is_deit = variant.host is Deit
-    free = variant.host in (Pvt, PvtV2) and variant.arguments["attention"] != "focused"
+    is_deit = variant.backbone is Deit
+    free = variant.backbone in (Pvt, PvtV2) and variant.arguments["attention"] != "focused"
     return {
         "num_classes": 1000,
         "input_size": (3, height, width),
@@ -158,11 +158,11 @@ default_cfgs = generate_default_cfgs({name: _cfg(v) for name, v in (VARIANTS | P
 
 
 def _register(name: str, variant: Variant) -> None:
-    indices = (2, 5, 8, 11) if variant.host is Deit else (0, 1, 2, 3)
+    indices = (2, 5, 8, 11) if variant.backbone is Deit else (0, 1, 2, 3)
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build(
-            variant.host,
+            variant.backbone,
             name,
             pretrained,
             feature_cfg={"out_indices": indices, "feature_cls": "getter"},
@@ -171,7 +171,7 @@ def _register(name: str, variant: Variant) -> None:
         )
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{variant.source}; arguments as :class:`{variant.host.__name__}`."
+    create.__doc__ = f"{variant.source}; arguments as :class:`{variant.backbone.__name__}`."
     setattr(sys.modules[__name__], name, create)
     register_model(create)
 

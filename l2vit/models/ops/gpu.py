@@ -1,31 +1,33 @@
-"""When the kernels run: on NVIDIA GPUs from Ampere on, once they have agreed with PyTorch there.
+"""When the Triton kernels run: on NVIDIA GPUs from Ampere on, once they agreed with PyTorch there.
 
-Switched off by the environment (``L2VIT_TRITON=0``) or by :func:`use`.
+Switched off by the environment (``L2VIT_TRITON=0``) or by :func:`use_triton`. Triton itself is
+imported when a CUDA tensor first asks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from l2vit.models.tracing import eager
+from l2vit.models.ops.modes import compiling, exporting, plain_eager
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # compute capability: bf16 and tf32 products
 _DEVICES = ("cuda",)
 _on = os.environ.get("L2VIT_TRITON", "1") != "0"
 _verdicts: dict[tuple[str, int], bool] = {}
+Check = Callable[[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
+"""Outputs and gradients of a tiny input, by the kernels and by the reference."""
 
 
 @contextlib.contextmanager
-def use(on: bool) -> Iterator[None]:
+def use_triton(on: bool) -> Iterator[None]:
     """Inside, the kernels run where they can (True, the default) or not at all (False)."""
     global _on
     before, _on = _on, on
@@ -35,20 +37,19 @@ def use(on: bool) -> Iterator[None]:
         _on = before
 
 
-def chosen(kernel: str, x: Tensor) -> bool:
-    """Whether a kernel (a module of this package) is to be used for ``x`` instead of PyTorch."""
+def may_run(kernel: str, x: Tensor) -> bool:
+    """Whether a kernel (linear_attention, depthwise) is to be used for ``x`` instead of PyTorch."""
     if not _on or x.device.type not in _DEVICES or x.dtype not in _DTYPES:
         return False
-    if not (torch.compiler.is_compiling() or eager()):
+    if not (compiling() or plain_eager()):
         return False
     return _proven(kernel, x.device.type, x.device.index or 0)
 
 
 @torch.compiler.assume_constant_result
 def _proven(kernel: str, kind: str, index: int) -> bool:
-    """Compilers run this for real while they trace, and keep the answer. In what they trace,
-    ``is_exporting`` always says yes; here it tells the truth."""
-    if torch.compiler.is_exporting():
+    """Compilers run this for real while they trace, and keep the answer."""
+    if exporting():
         return False
     key = (kernel, index)
     if key not in _verdicts:
@@ -64,10 +65,19 @@ def _capable(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= _OLDEST
 
 
+def _check(kernel: str) -> Check:
+    """The comparison of a kernel with its reference; importing it registers the operator."""
+    if kernel == "linear_attention":
+        from l2vit.models.ops.triton_linear_attention import check
+    else:
+        from l2vit.models.ops.triton_depthwise import check
+    return check
+
+
 def _agrees(kernel: str, device: torch.device) -> bool:
     """Compare forward and backward with PyTorch on a tiny input; warn where they differ."""
     try:
-        module = importlib.import_module(f"l2vit.models.kernels.{kernel}")
+        check = _check(kernel)
         with (
             _disable_current_modes(),
             torch.inference_mode(False),
@@ -77,7 +87,7 @@ def _agrees(kernel: str, device: torch.device) -> bool:
         ):
             torch.manual_seed(0)
             for dtype in _DTYPES:
-                got, expected = module.check(device, dtype)
+                got, expected = check(device, dtype)
                 _compare(got, expected, dtype)
     except Exception as error:  # whatever goes wrong, PyTorch's way is there
         reason = str(error).strip().split("\n")[0]

@@ -1,9 +1,7 @@
-"""What the pyramid hosts PVT, Swin and CSwin have in common; the attention is an argument."""
+"""What the backbones PVT, Swin and CSwin have in common; the attention is an argument."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,18 +11,76 @@ import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from l2vit.models.attentions import core_factory, linear_blocks
-from l2vit.models.cores import CoreFactory, Grid, resize_bias, resize_grid
-from l2vit.models.dense import Linear, plus
-from l2vit.models.layers import Mlp, MlpKind, residual, to_nchw, to_nhwc
-from l2vit.models.pyramid import Pyramid, Stage, update_model_input_size
+from l2vit.models.backbone import Backbone, Stage
+from l2vit.models.families.attention import (
+    AttentionFactory,
+    EnhancedAttention,
+    Grid,
+    SoftmaxAttention,
+)
+from l2vit.models.families.focused import FocusedAttention
+from l2vit.models.families.injective import InjectiveAttention
+from l2vit.models.families.peers import (
+    CosAttention,
+    EfficientAttention,
+    LeakyReluAttention,
+    ReluAttention,
+    SimaAttention,
+    XcaAttention,
+)
+from l2vit.models.families.resize import Resizable
+from l2vit.models.layers import Mlp, MlpKind, to_nchw, to_nhwc
 
-_logger = logging.getLogger(__name__)
+ATTENTIONS: dict[str, AttentionFactory] = {
+    "softmax": SoftmaxAttention,
+    "enhanced": EnhancedAttention,
+    "focused": FocusedAttention,
+    "injective": InjectiveAttention,
+    "linear": ReluAttention,
+    "leaky": LeakyReluAttention,
+    "sima": SimaAttention,
+    "efficient": EfficientAttention,
+    "cosformer": CosAttention,
+    "xca": XcaAttention,
+}
+"""The attentions any backbone may hold, by name."""
+
+
+def attention_factory(attention: str | AttentionFactory) -> AttentionFactory:
+    """The maker of an attention; a factory is its own.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+    """
+    if not isinstance(attention, str):
+        return attention
+    if attention not in ATTENTIONS:
+        raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTIONS)}")
+    return ATTENTIONS[attention]
+
+
+def linear_blocks(types: str, depths: tuple[int, ...]) -> list[list[bool]]:
+    """Which blocks of each stage are linear, from a string of one letter per stage.
+
+    L or I: all of them; S: none (softmax); M: the first m, the number behind the letters ("IIMS2").
+
+    Raises:
+        ValueError: another letter, or a number of letters other than the stages.
+    """
+    letters, number = types[: len(depths)], types[len(depths) :]
+    bad = len(letters) != len(depths) or set(letters) - set("LISM")
+    if bad or (number and not number.isdigit()) or ("M" in letters) != bool(number):
+        raise ValueError(f"types {types!r}: one of L, I, S, M per stage, and a number if M occurs")
+    first = {"L": max(depths), "I": max(depths), "S": 0, "M": int(number or 0)}
+    return [
+        [index < first[letter] for index in range(depth)]
+        for letter, depth in zip(letters, depths, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
-class HostArguments:
-    """Constructor arguments every host takes.
+class FamilyArguments:
+    """Constructor arguments every backbone of the families takes.
 
     Attributes:
         img_size: the size the tables of the model are built for.
@@ -32,12 +88,12 @@ class HostArguments:
         depths: blocks per stage.
         num_heads: attention heads per stage.
         mlp_ratios: hidden channels of the MLP over ``embed_dims``.
-        types: which blocks hold ``attention``: see :func:`l2vit.models.attentions.linear_blocks`.
+        types: which blocks hold ``attention``: see :func:`linear_blocks`.
         attention: softmax, enhanced (L²ViT's), focused (FLatten's), injective (InLine's), or any
-            factory from a :class:`l2vit.models.cores.Site`; the other blocks have the host's own
+            factory from an :class:`AttentionSpec`; the other blocks have the backbone's own
             softmax attention.
-        window_size: of the softmax blocks where the host has windows; PVT has none and takes it for
-            the sake of one interface.
+        window_size: of the softmax blocks where the backbone has windows; PVT has none and takes
+            it for the sake of one interface.
         drop_rate: dropout before the classifier.
         drop_path_rate: of the last block; grows linearly from 0 over all blocks.
     """
@@ -51,7 +107,7 @@ class HostArguments:
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
     mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
     types: str = "SSSS"
-    attention: str | CoreFactory = "softmax"
+    attention: str | AttentionFactory = "softmax"
     window_size: int = 7
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
@@ -63,11 +119,11 @@ class HostArguments:
 
 
 class Projected(nn.Module):
-    """A core between projections, on (B, H, W, C).
+    """An attention between its projections, on (B, H, W, C).
 
     Args:
         dim: C.
-        core: see :mod:`l2vit.models.cores`.
+        core: see :mod:`l2vit.models.families.attention`.
         raw_source: the core's ``source`` is the block's input before its norm (CSwin).
     """
 
@@ -75,23 +131,20 @@ class Projected(nn.Module):
         super().__init__()
         self.raw_source = raw_source
         self.core: Any = core
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def project(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, N, C), k and v (B, n, C) of normalised tokens (B, N, C)."""
         raise NotImplementedError
 
-    def attend(
-        self, tokens: Tensor, source: Tensor, grid: Grid, add: Tensor | None = None
-    ) -> Tensor:
-        """(B, N, C) to the same, plus ``add``; N is H·W, or more where there are prefix tokens."""
-        return plus(self.proj, self.core(*self.project(tokens, grid), grid, source), add)
+    def attend(self, tokens: Tensor, source: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) to the same; N is H·W, or more where there are prefix tokens."""
+        return self.proj(self.core(*self.project(tokens, grid), grid, source))
 
-    def forward(self, x: Tensor, raw: Tensor, add: Tensor | None = None) -> Tensor:
-        grid = (x.shape[1], x.shape[2])
+    def forward(self, x: Tensor, raw: Tensor) -> Tensor:
         source = raw if self.raw_source else x
-        add = add if add is None else add.flatten(1, 2)
-        return self.attend(x.flatten(1, 2), source.flatten(1, 2), grid, add).view(x.shape)
+        grid = (x.shape[1], x.shape[2])
+        return self.attend(x.flatten(1, 2), source.flatten(1, 2), grid).view(x.shape)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:
@@ -111,14 +164,14 @@ class FusedProjected(Projected):
 
     def __init__(self, dim: int, core: nn.Module, *, raw_source: bool = False) -> None:
         super().__init__(dim, core, raw_source=raw_source)
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
 
     def project(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)
         return q, k, v
 
 
-class HostBlock(nn.Module):
+class FamilyBlock(nn.Module):
     """``x + attention(LN(x))``, then ``x + MLP(LN(x))``, on (B, H, W, dim)."""
 
     def __init__(
@@ -132,11 +185,9 @@ class HostBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # The attention is given x itself, too: some cores reduce it for keys and values.
-        x = residual(
-            x, self.attn, self.norm1, self.drop_path, lambda y, *add: self.attn(y, x, *add)
-        )
-        return residual(x, self.mlp, self.norm2, self.drop_path)
+        # The attention is given x itself, too: some make kernels of it.
+        x = x + self.drop_path(self.attn(self.norm1(x), x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ConvEmbed(nn.Module):
@@ -181,128 +232,10 @@ class ConvEmbed(nn.Module):
         return x + table
 
 
-TABLES = ("positional_encoding", "pos_embed", "relative_position_bias_table")
-
-
-def resize_tables(
-    state: Mapping[str, Tensor], target: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """``state`` with position tables resized to the shapes in ``target``, and a line for each.
-
-    Bicubic, align_corners False, no antialias (families.md section 5); everything else unchanged.
-
-    Raises:
-        ValueError: a table that is no square grid.
-    """
-    resized, lines = dict(state), []
-    for name, value in state.items():
-        wanted = target.get(name)
-        if wanted is None or wanted.shape == value.shape or not name.endswith(TABLES):
-            continue
-        if wanted.ndim != value.ndim or wanted.shape[-1] != value.shape[-1]:
-            continue
-        resize, axis = (resize_bias, 0) if value.ndim == 2 else (resize_grid, 1)
-        resized[name] = resize(value, wanted.shape[axis])
-        lines.append(f"resized {name} from {value.shape[axis]} to {wanted.shape[axis]} rows")
-    return resized, lines
-
-
-def adapt_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's checkpoint filter: weights of another input size made to fit ``model``, with a log.
-
-    Raises:
-        ValueError: a table that is no square grid, or is to become another one.
-    """
-    resized, lines = resize_tables(state, model.state_dict())
-    if any(resized[name].shape != state[name].shape for name in _grid_tables(state)):
-        _require_square(model.img_size)
-    for line in lines:
-        _logger.info(line)
-    return resized
-
-
-def _grid_tables(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tables with a row for each place of a stage's grid."""
-    return [name for name in state if name.endswith(TABLES[:2])]
-
-
-def _require_square(*sizes: Any) -> None:
-    """A table does not tell its grid's sides: 16 rows may be 4×4, 8×2 or 2×8."""
-    for size in map(to_2tuple, sizes):
-        if size[0] != size[1]:
-            raise ValueError(f"position tables cannot be resized for or from images of {size}")
-
-
-def _prune_like(other: nn.Module, model: nn.Module) -> None:
-    """Drop from ``other`` the stages, blocks and norms that ``model`` lost as a backbone."""
-    for name, part in model.named_children():
-        if isinstance(part, nn.ModuleList | nn.Sequential):
-            setattr(other, name, getattr(other, name)[: len(part)])
-        elif isinstance(part, nn.Identity):
-            setattr(other, name, nn.Identity())
-
-
-class Resizable(nn.Module):
-    """A model that can be rebuilt for another input size; ``arguments`` made it what it is."""
-
-    arguments: dict[str, Any]
-    img_size: tuple[int, int]
-
-    def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        window_size: int | None = None,
-    ) -> None:
-        """Rebuild for another input size or window; position tables are resized (and logged).
-
-        Raises:
-            ValueError: the windows do not divide the new grids or make other parameters of them,
-                or position tables would have to be resized from or to another shape than a square.
-        """
-        changes: dict[str, Any] = {"num_classes": self.num_classes}
-        if img_size is not None:
-            changes["img_size"] = img_size
-        if window_size is not None:
-            changes["window_size"] = window_size
-        other = type(self)(**{**self.arguments, **changes})
-        for name in ("head", "global_pool"):  # as reset_classifier may have left them
-            if hasattr(self, name):
-                setattr(other, name, getattr(self, name))
-        _prune_like(other, self)
-        reference = next(self.parameters())
-        other.to(reference.device, reference.dtype)
-        other.load_state_dict(self._state_for(other))
-        for old, new in zip(self.parameters(), other.parameters(), strict=True):
-            new.requires_grad_(old.requires_grad)
-        for before, after in zip(self.modules(), other.modules(), strict=True):
-            for name in ("training", "grad_checkpointing", "observer"):
-                if hasattr(before, name):
-                    setattr(after, name, getattr(before, name))
-        for name, value in vars(other).items():
-            if name in ("_modules", "_parameters", "_buffers") or not name.startswith("_"):
-                setattr(self, name, value)
-        update_model_input_size(self, self.img_size, window_size=window_size)
-
-    def _state_for(self, other: Any) -> dict[str, Tensor]:
-        """The weights, resized for ``other``, which may differ from this model by its size only."""
-        own = self.state_dict()
-        if _grid_tables(own) and to_2tuple(self.img_size) != to_2tuple(other.img_size):
-            _require_square(self.img_size, other.img_size)
-        state, wanted = adapt_state_dict(own, other), other.state_dict()
-        odd = {(n, t.shape) for n, t in state.items()} ^ {(n, t.shape) for n, t in wanted.items()}
-        if odd:
-            raise ValueError(
-                f"images of {to_2tuple(other.img_size)} need other parameters than those of"
-                f" {to_2tuple(self.img_size)} ({min(odd)[0]}): choose a window_size of the same"
-                " share of the image"
-            )
-        return state
-
-
-class Host(Resizable, Pyramid):
+class FamilyBackbone(Resizable, Backbone):
     """A pyramid built by its subclass's :meth:`embed` and :meth:`attend` for each stage and block.
 
-    Class attributes, set by the hosts: ``block_eps``, of the LayerNorms in blocks and between
+    Class attributes, set by the subclasses: ``block_eps``, of the LayerNorms in blocks and between
     stages; ``mlp_kind``; ``stage_norms``, a LayerNorm behind each stage; ``final_norm``.
     """
 
@@ -314,7 +247,7 @@ class Host(Resizable, Pyramid):
     def __init__(self, arguments: Any) -> None:
         a = arguments
         blocks = linear_blocks(a.types, a.depths)
-        factory = core_factory(a.attention)
+        factory = attention_factory(a.attention)
         norm = partial(nn.LayerNorm, eps=self.block_eps)
         rates: Any = iter(calculate_drop_path_rates(a.drop_path_rate, sum(a.depths)))
         stages = []
@@ -323,7 +256,7 @@ class Host(Resizable, Pyramid):
             for index, linear in enumerate(blocks[stage]):
                 attention = self.attend(a, stage, index, factory if linear else None)
                 mlp = Mlp(dim, int(dim * a.mlp_ratios[stage]), self.mlp_kind)
-                made.append(HostBlock(dim, attention, mlp, self.block_eps, next(rates)))
+                made.append(FamilyBlock(dim, attention, mlp, self.block_eps, next(rates)))
             down = self.embed(a, stage) if stage else nn.Identity()
             stages.append(Stage(down, made, norm(dim) if self.stage_norms else nn.Identity()))
         width = a.embed_dims[-1]
@@ -349,8 +282,10 @@ class Host(Resizable, Pyramid):
         raise NotImplementedError
 
     @staticmethod
-    def attend(arguments: Any, stage: int, index: int, factory: CoreFactory | None) -> nn.Module:
-        """The attention of a block; without ``factory`` the host's own softmax attention."""
+    def attend(
+        arguments: Any, stage: int, index: int, factory: AttentionFactory | None
+    ) -> nn.Module:
+        """The attention of a block; without ``factory`` the backbone's own softmax attention."""
         raise NotImplementedError
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""The attentions that Tables 1 and 8 of the paper compare in DeiT-Tiny, as cores.
+"""The attentions that Tables 1 and 8 of the paper compare in DeiT-Tiny.
 
-Each takes q (B, N, C), k and v (B, n, C) straight from the projections (see cores.py). Those that
-are linear in N multiply kᵀ v first; ``order="qk"`` multiplies q kᵀ first, with the same result and
-the multiply-adds that Table 8 counts.
+Each takes q (B, N, C), k and v (B, n, C) straight from the projections (see attention.py). Those
+that are linear in N multiply kᵀ v first; ``order="qk"`` multiplies q kᵀ first, with the same result
+and the multiply-adds that Table 8 counts.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2vit.models.cores import Grid, Site, join_heads, split_heads
+from l2vit.models.families.attention import AttentionSpec, Grid
+from l2vit.models.ops import join_heads, split_heads
+from l2vit.models.ops.reference import accurate_dtype
 
 Order = Literal["kv", "qk"]
 _EPS = 1e-6
 
 
-class PeerCore(nn.Module):
+class PeerAttention(nn.Module):
     """``φ(q) (φ(k)ᵀ v)``, divided by ``φ(q) · Σ φ(k)`` where :attr:`normalised`, per head."""
 
     normalised = True
 
-    def __init__(self, site: Site, order: Order = "kv") -> None:
+    def __init__(self, spec: AttentionSpec, order: Order = "kv") -> None:
         super().__init__()
-        self.heads = site.heads
+        self.heads = spec.heads
         self.order = order
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,8 +39,8 @@ class PeerCore(nn.Module):
     def mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features of q, k (B, N, C), per head."""
         q, k = (split_heads(t, self.heads) for t in (q, k))
-        accurate = torch.promote_types(q.dtype, torch.float32)
-        return self.features(q.to(accurate), k.to(accurate))
+        dtype = accurate_dtype(q.dtype)
+        return self.features(q.to(dtype), k.to(dtype))
 
     def divisor(self, q: Tensor, k: Tensor) -> Tensor | float:
         """Sum of the scores of each query, (B, heads, N, 1), kept away from zero."""
@@ -63,21 +65,21 @@ class PeerCore(nn.Module):
         return (q @ k.transpose(2, 3)) / self.divisor(q, k)
 
 
-class ReluCore(PeerCore):
+class ReluAttention(PeerAttention):
     """Linear attention, φ = ReLU (Table 1, "LA. ReLU"): without clamp, scale and LCM."""
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return F.relu(q), F.relu(k)
 
 
-class LeakyReluCore(PeerCore):
+class LeakyReluAttention(PeerAttention):
     """Linear attention, φ = LeakyReLU: scores, and their sum, may be negative (Table 1)."""
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return F.leaky_relu(q), F.leaky_relu(k)
 
 
-class SimaCore(PeerCore):
+class SimaAttention(PeerAttention):
     """SimA, Table 1's "L1 norm": each channel of q and of k divided by its ℓ1 norm over tokens."""
 
     normalised = False
@@ -86,7 +88,7 @@ class SimaCore(PeerCore):
         return F.normalize(q, p=1, dim=2, eps=_EPS), F.normalize(k, p=1, dim=2, eps=_EPS)
 
 
-class EfficientCore(PeerCore):
+class EfficientAttention(PeerAttention):
     """EfficientAttention: softmax of q over channels and of k over tokens; rows then sum to 1."""
 
     normalised = False
@@ -95,7 +97,7 @@ class EfficientCore(PeerCore):
         return q.softmax(3), k.softmax(2)
 
 
-class CosCore(PeerCore):
+class CosAttention(PeerAttention):
     """cosFormer: ReLU features whose scores are weighed by cos(π (i − j) / 2n) of the positions.
 
     cos(a − b) = cos a cos b + sin a sin b makes two linear attentions of it, side by side.
@@ -114,13 +116,13 @@ class CosCore(PeerCore):
         return torch.cat([x * angle.cos(), x * angle.sin()], dim=3)
 
 
-class ChannelCore(nn.Module):
+class XcaAttention(nn.Module):
     """XCA: softmax attention between the d channels of a head, learned temperature per head."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.heads = site.heads
-        self.temperature = nn.Parameter(torch.ones(site.heads, 1, 1))
+        self.heads = spec.heads
+        self.temperature = nn.Parameter(torch.ones(spec.heads, 1, 1))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))

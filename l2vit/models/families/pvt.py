@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l2vit.models.attention_focused import FocusedCore
-from l2vit.models.cores import CoreFactory, Grid, Site, SoftmaxCore
-from l2vit.models.dense import Linear
-from l2vit.models.host import ConvEmbed, Host, HostArguments, Projected
+from l2vit.models.families.attention import AttentionFactory, AttentionSpec, Grid, SoftmaxAttention
+from l2vit.models.families.base import ConvEmbed, FamilyArguments, FamilyBackbone, Projected
+from l2vit.models.families.focused import FocusedAttention
 from l2vit.models.layers import to_nchw, to_nhwc
 
 
 @dataclass(frozen=True)
-class PvtArguments(HostArguments):
-    """As :class:`HostArguments`; ratios by which keys and values are reduced along each side.
+class PvtArguments(FamilyArguments):
+    """As :class:`FamilyArguments`; ratios by which keys and values are reduced along each side.
 
     Attributes:
         sr_ratios: in the softmax blocks of each stage.
@@ -36,8 +35,8 @@ class ReducedProjected(Projected):
 
     def __init__(self, dim: int, core: nn.Module, ratio: int) -> None:
         super().__init__(dim, core)
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
         self.reduce: nn.Module | None = None
         if ratio > 1:
             self.reduce = nn.Conv2d(dim, dim, ratio, stride=ratio)
@@ -52,7 +51,7 @@ class ReducedProjected(Projected):
         return self.q(tokens), k, v
 
 
-class Pvt(Host):
+class Pvt(FamilyBackbone):
     """Image to logits; position tables, no class token, mean of the last stage without a norm.
 
     Arguments are the fields of :class:`PvtArguments`. Any input size works, as the position
@@ -84,21 +83,21 @@ class Pvt(Host):
 
     @classmethod
     def attend(
-        cls, arguments: PvtArguments, stage: int, index: int, factory: CoreFactory | None
+        cls, arguments: PvtArguments, stage: int, index: int, factory: AttentionFactory | None
     ) -> nn.Module:
         ratios = arguments.linear_sr_ratios if factory else arguments.sr_ratios
         ratio, (height, width) = ratios[stage], arguments.grid(stage)
         dim = arguments.embed_dims[stage]
-        site = Site(
+        spec = AttentionSpec(
             dim,
             arguments.num_heads[stage],
             (height, width),
             keys=(height // ratio) * (width // ratio),
         )
-        return ReducedProjected(dim, (factory or SoftmaxCore)(site), ratio)
+        return ReducedProjected(dim, (factory or SoftmaxAttention)(spec), ratio)
 
     def fixed_size(self) -> bool:
-        return any(isinstance(module, FocusedCore) for module in self.modules())
+        return any(isinstance(module, FocusedAttention) for module in self.modules())
 
 
 class PvtV2(Pvt):
@@ -111,7 +110,7 @@ class PvtV2(Pvt):
 
     @staticmethod
     def init_weights(module: nn.Module) -> None:
-        Host.init_weights(module)
+        FamilyBackbone.init_weights(module)
         if isinstance(module, nn.Conv2d):
             kernel = module.kernel_size[0] * module.kernel_size[1]
             std = (2.0 / (kernel * module.out_channels / module.groups)) ** 0.5

@@ -10,9 +10,9 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from l2vit.models.attentions import core_factory
-from l2vit.models.cores import CoreFactory, Grid, Site, SoftmaxCore
-from l2vit.models.host import FusedProjected, Resizable
+from l2vit.models.families.attention import AttentionFactory, AttentionSpec, Grid, SoftmaxAttention
+from l2vit.models.families.base import FusedProjected, attention_factory
+from l2vit.models.families.resize import Resizable
 from l2vit.models.layers import LocalConcentration
 
 
@@ -23,8 +23,8 @@ class TokenProjected(FusedProjected):
         super().__init__(dim, core)
         self.grid = grid
 
-    def forward(self, x: Tensor, raw: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-        return self.attend(x, x, self.grid, add)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.attend(x, x, self.grid)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
         embed_dim: channels.
         depth: blocks.
         num_heads: attention heads.
-        attention: a name of :data:`l2vit.models.attentions.CORES`, or a factory from a Site.
+        attention: a name of :data:`l2vit.models.families.base.ATTENTIONS`, or a factory from an
+            AttentionSpec.
         lcm_kernel: of the module behind each attention that is not softmax; 0 for none. Tables 8
             and 11 print the parameters of a 3×3 one.
         softmax_blocks: indices of blocks that keep softmax attention (paper Table 11).
@@ -88,7 +89,7 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
         embed_dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
-        attention: str | CoreFactory = "softmax",
+        attention: str | AttentionFactory = "softmax",
         lcm_kernel: int = 0,
         softmax_blocks: Sequence[int] = (),
         window_size: int = 7,
@@ -110,13 +111,13 @@ class Deit(Resizable, VisionTransformer):  # type: ignore[misc]  # no patch_size
         )
         self.arguments = arguments
         self.img_size = to_2tuple(img_size)
-        site = Site(embed_dim, num_heads, self.patch_embed.grid_size, prefix=1)
+        spec = AttentionSpec(embed_dim, num_heads, self.patch_embed.grid_size, prefix=1)
         for index, block in enumerate(self.blocks):
-            factory = SoftmaxCore if index in softmax_blocks else core_factory(attention)
-            block.attn = TokenProjected(embed_dim, factory(site), site.grid)
+            factory = SoftmaxAttention if index in softmax_blocks else attention_factory(attention)
+            block.attn = TokenProjected(embed_dim, factory(spec), spec.grid)
             self.init_attention(block.attn)
-            if lcm_kernel and factory is not SoftmaxCore:
-                cast(DeitBlock, block).add_lcm(embed_dim, lcm_kernel, site.grid)
+            if lcm_kernel and factory is not SoftmaxAttention:
+                cast(DeitBlock, block).add_lcm(embed_dim, lcm_kernel, spec.grid)
         assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 

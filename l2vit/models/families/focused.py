@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2vit.models.cores import Grid, Site, accurate, join_heads, split_heads
-from l2vit.models.depthwise import depthwise
-from l2vit.models.layers import without_autocast
+from l2vit.models.families.attention import AttentionSpec, Grid
+from l2vit.models.layers import Observer, to_nchw, to_nhwc
+from l2vit.models.ops import depthwise_conv, join_heads, split_heads
+from l2vit.models.ops.reference import accurate_dtype, without_autocast
 
 EPS = 1e-6
 
@@ -26,7 +25,7 @@ def focus(t: Tensor, power: int = 3) -> Tensor:
 
 
 class HeadwiseConv(nn.Conv2d):
-    """Depthwise convolution of (B, H, W, heads·width) with kernels (width, 1, k, k) that all heads
+    """Depthwise convolution of (B, heads·width, H, W) with kernels (width, 1, k, k) that all heads
     share; same padding, with bias."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
@@ -34,37 +33,37 @@ class HeadwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         # Repeating the kernels spares a copy of the input with the heads moved to the batch.
-        heads = input.shape[3] // self.in_channels
+        heads = input.shape[1] // self.in_channels
         assert self.bias is not None
-        return depthwise(input, self.weight.repeat(heads, 1, 1, 1), self.bias.repeat(heads))
+        return depthwise_conv(input, self.weight.repeat(heads, 1, 1, 1), self.bias.repeat(heads))
 
 
-class FocusedCore(nn.Module):
+class FocusedAttention(nn.Module):
     """Focused features of q and k, kᵀv first, and a 5×5 depthwise conv of v beside it.
 
     ``A_i = q_i (1/n) Σ_j k_j v_jᵀ / (q_i · k̄ + 1e-6)`` with q, k after :func:`focus` over all
     channels; the output is A + dwc(v). Features and denominators are computed in fp32 at least.
 
     Args:
-        site: dimensions; ``site.key_tokens`` rows of positional encoding. Where n < H·W, v is
+        spec: dimensions; ``spec.key_tokens`` rows of positional encoding. Where n < H·W, v is
             stretched along the flattened tokens for the convolution.
         power: p of the focusing function.
         kernel_size: of the convolution, whose kernels all heads share.
     """
 
-    def __init__(self, site: Site, power: int = 3, kernel_size: int = 5) -> None:
+    def __init__(self, spec: AttentionSpec, power: int = 3, kernel_size: int = 5) -> None:
         super().__init__()
-        self.heads, self.power = site.heads, power
-        width = site.dim // site.heads
-        self.scale = nn.Parameter(torch.zeros(1, 1, site.dim))
-        self.positional_encoding = nn.Parameter(torch.zeros(1, site.key_tokens, site.dim))
+        self.heads, self.power = spec.heads, power
+        width = spec.dim // spec.heads
+        self.scale = nn.Parameter(torch.zeros(1, 1, spec.dim))
+        self.positional_encoding = nn.Parameter(torch.zeros(1, spec.key_tokens, spec.dim))
         self.dwc = HeadwiseConv(width, kernel_size)
-        self.observer: Callable[[Tensor], None] | None = None
-        """Called in every forward with the fp32 denominators q · k̄ (B, heads, N, 1)."""
+        self.observer: Observer | None = None
+        """Is shown the denominators q · k̄."""
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Focused q (B, heads, N, d) and k (B, heads, n, d), fp32 or finer."""
-        dtype = accurate(q.dtype)
+        dtype = accurate_dtype(q.dtype)
         scale = F.softplus(self.scale.to(dtype))
         k = k.to(dtype) + self.positional_encoding.to(dtype)
         q, k = ((F.relu(t.to(dtype)) + EPS) / scale for t in (q, k))
@@ -84,7 +83,7 @@ class FocusedCore(nn.Module):
         places = grid[0] * grid[1]
         if v.shape[1] != places:
             v = F.interpolate(v.transpose(1, 2), places, mode="linear").transpose(1, 2)
-        return self.dwc(v.unflatten(1, grid)).flatten(1, 2)
+        return to_nhwc(self.dwc(to_nchw(v.unflatten(1, grid)))).flatten(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
         prefix = q.shape[1] - grid[0] * grid[1]

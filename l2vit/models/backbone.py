@@ -1,8 +1,7 @@
-"""The timm contract of a backbone with stages, once for L²ViT and for the hosts beside it."""
+"""The timm contract of a backbone with stages, once for L²ViT and for the families beside it."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from timm.layers import ClassifierHead, to_2tuple
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from l2vit.models.layers import Mlp, frozen_statistics, to_nchw
+from l2vit.models.layers import to_nchw
+from l2vit.models.ops.recompute import recompute
 
 try:
     from timm.models._input import update_model_input_size
@@ -38,23 +37,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            x = _run(block, x, recompute=self.grad_checkpointing)
+            x = recompute(block, x) if self.grad_checkpointing else block(x)
         return self.norm(x)
-
-
-def _run(module: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
-    """``module(x)``, in training recomputed in the backward pass if asked to."""
-    if not (recompute and module.training and torch.is_grad_enabled()):
-        return module(x)
-    if torch.compiler.is_compiling():
-        # Compilers take no contexts, and write a buffer once however often they compute its value.
-        return checkpoint(module, x, use_reentrant=False)
-    return checkpoint(module, x, use_reentrant=False, context_fn=_recompute_contexts)
-
-
-def _recompute_contexts() -> tuple[Any, Any]:
-    """The second forward of a checkpointed block must not count in BatchNorm's statistics."""
-    return contextlib.nullcontext(), frozen_statistics()
 
 
 def _pooled_width(head: ClassifierHead) -> int:
@@ -62,7 +46,7 @@ def _pooled_width(head: ClassifierHead) -> int:
     return head.in_features * head.global_pool.feat_mult()
 
 
-class Pyramid(nn.Module):
+class Backbone(nn.Module):
     """Image (B, in_chans, H, W) through a stem and stages (B, H, W, C) to logits.
 
     Args:
@@ -125,7 +109,7 @@ class Pyramid(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute stem and blocks in the backward pass instead of keeping their activations."""
         for module in self.modules():
-            if isinstance(module, Pyramid | Stage | Mlp):
+            if isinstance(module, Backbone | Stage):
                 module.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -199,7 +183,7 @@ class Pyramid(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """The image (B, in_chans, H, W) as the first stage takes it, (B, H/4, W/4, C)."""
-        return _run(self.stem, x, recompute=self.grad_checkpointing)
+        return recompute(self.stem, x) if self.grad_checkpointing else self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised features of the last stage, (B, H/32, W/32, C)."""

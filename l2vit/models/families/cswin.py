@@ -7,13 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from l2vit.models.cores import CoreFactory, CrossCore, Site, SoftmaxCore, StripeCore
-from l2vit.models.host import ConvEmbed, FusedProjected, Host, HostArguments
+from l2vit.models.families.attention import AttentionFactory, AttentionSpec, SoftmaxAttention
+from l2vit.models.families.base import (
+    ConvEmbed,
+    FamilyArguments,
+    FamilyBackbone,
+    FusedProjected,
+)
+from l2vit.models.families.window import CrossAttention, StripeAttention
 
 
 @dataclass(frozen=True)
-class CSwinArguments(HostArguments):
-    """As :class:`HostArguments`; ``window_size`` is the stripes' width in stages 3 and 4.
+class CSwinArguments(FamilyArguments):
+    """As :class:`FamilyArguments`; ``window_size`` is the stripes' width in stages 3 and 4.
 
     Stages 1 and 2 have stripes of width 1 and 2; a stage not larger than its width, and the last,
     have one window over the whole grid.
@@ -30,7 +36,7 @@ class CSwinArguments(HostArguments):
         return 0 if last or min(self.grid(stage)) <= width else width
 
 
-class CSwin(Host):
+class CSwin(FamilyBackbone):
     """Image to logits. Softmax blocks work in crossed stripes, the others over the whole grid.
 
     Arguments are the fields of :class:`CSwinArguments`. Takes only the input size it was built for;
@@ -55,16 +61,18 @@ class CSwin(Host):
 
     @staticmethod
     def attend(
-        arguments: CSwinArguments, stage: int, index: int, factory: CoreFactory | None
+        arguments: CSwinArguments, stage: int, index: int, factory: AttentionFactory | None
     ) -> nn.Module:
         dim, heads = arguments.embed_dims[stage], arguments.num_heads[stage]
         grid, stripe = arguments.grid(stage), arguments.stripe(stage)
         if factory or not stripe:
-            whole = Site(dim, heads, grid)
-            core = CrossCore([StripeCore(whole, grid, factory or SoftmaxCore)])
+            whole = AttentionSpec(dim, heads, grid)
+            core = CrossAttention([StripeAttention(whole, grid, factory or SoftmaxAttention)])
         else:
-            half = Site(dim // 2, heads // 2, grid)
+            half = AttentionSpec(dim // 2, heads // 2, grid)
             windows = ((grid[0], stripe), (stripe, grid[1]))
-            core = CrossCore([StripeCore(half, window, SoftmaxCore) for window in windows])
+            core = CrossAttention(
+                [StripeAttention(half, window, SoftmaxAttention) for window in windows]
+            )
         # InLine's CSwin makes its kernels from the block's input before the norm.
         return FusedProjected(dim, core, raw_source=True)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l2vit.models.depthwise import convolve
+from l2vit.models.ops.reference import depthwise_conv
 
 _PROGRAMS = 1024  # of the weight gradient: enough to fill a GPU
 
@@ -213,7 +213,9 @@ def check(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[
         given = [(2, 5, 9, 40), (40, 1, size, size), (40,)]
         inputs = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in given]
         upstream = torch.randn(given[0], device=device, dtype=dtype)
-        ways = (torch.ops.l2vit.depthwise(*inputs), convolve(*inputs))
+        x, weight, bias = inputs
+        by_torch = depthwise_conv(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+        ways = (torch.ops.l2vit.depthwise(x, weight, bias), by_torch)
         for kept, out in zip(found, ways, strict=True):
             kept += [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
     return found

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l2vit.models.linear_attention import plain
+from l2vit.models.ops.reference import linear_attention as linear_attention_reference
 
 _BLOCK = 32  # tokens at a time; with 64 the gradient kernel spills registers
 _PROGRAMS = 512  # enough to fill a GPU
@@ -325,7 +325,8 @@ def check(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[
     scale = torch.rand(heads, 1, 1, device=device, requires_grad=True)
     upstream = torch.randn(2, 70, 2 * 32, device=device, dtype=dtype)
     mine = torch.ops.l2vit.linear_attention(qkv, scale, heads, clamp)[0]
-    theirs = plain(qkv, scale, heads, clamp)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    theirs = linear_attention_reference(q, k, v, scale, clamp).transpose(1, 2).flatten(2)
     return tuple(  # type: ignore[return-value]
         [out.detach(), *torch.autograd.grad(out, (qkv, scale), upstream)] for out in (mine, theirs)
     )

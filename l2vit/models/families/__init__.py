@@ -1,0 +1,1 @@
+"""FLatten, InLine and the attentions of the paper's tables: any attention in any backbone."""

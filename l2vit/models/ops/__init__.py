@@ -1,0 +1,154 @@
+"""The operations of the networks, each by the fastest form there is for the device at hand.
+
+This file alone chooses. ``reference.py`` holds the formulas; ``cpu.py`` and ``triton_*.py`` hold
+faster forms of the same. The operations are plain functions of tensors: what a module owns and how
+it is called stays PyTorch's own, so that hooks, profilers and quantisers find what they expect.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l2vit.models.ops import cpu, gpu, reference, windows
+from l2vit.models.ops.gpu import use_triton
+from l2vit.models.ops.modes import exporting, has_open_sizes, statically_true
+
+__all__ = [
+    "Order",
+    "depthwise_conv",
+    "join_heads",
+    "linear_attention",
+    "linear_attention_denominators",
+    "per_image_conv",
+    "softmax_attention",
+    "split_heads",
+    "split_qkv",
+    "use_triton",
+    "window_attention",
+]
+
+Order = Literal["auto", "kv", "qk"]
+_TRITON_HEAD_WIDTHS = (16, 32)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) to (B, heads, N, C/heads); head g owns channels g·d ... (g+1)·d − 1."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) to (B, N, heads·d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each (B, heads, N, d), of the fused projection (B, N, 3·heads·d)."""
+    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def linear_attention(
+    qkv: Tensor, scale: Tensor | None, num_heads: int, clamp: float, order: Order = "auto"
+) -> Tensor:
+    """Linear attention with ReLU features: ``s · q (kᵀ v) / max(q · Σ k, clamp)`` (eq. 4).
+
+    Args:
+        qkv: (B, ..., 3·C), tokens in any number of dimensions; q, k, v in this order.
+        scale: s, (heads, 1, 1); None for 1.
+        clamp: lower bound of the denominators (Table 10).
+        order: kv multiplies q (kᵀ v), qk (q kᵀ) v; auto takes qk where the tokens are fewer than
+            the channels of a head (Sec. 11). The result is the same.
+
+    Returns:
+        (B, ..., C)
+    """
+    tokens = qkv.flatten(1, -2)
+    head_width = tokens.shape[2] // (3 * num_heads)
+    qk_first = order == "qk"
+    if order == "auto":
+        qk_first = statically_true(tokens.shape[1] < head_width)
+    triton = not qk_first and gpu.may_run("linear_attention", tokens)
+    if triton and head_width in _TRITON_HEAD_WIDTHS:
+        out = torch.ops.l2vit.linear_attention(tokens, scale, num_heads, clamp)[0]
+    else:
+        heads = split_qkv(tokens, num_heads)
+        out = join_heads(reference.linear_attention(*heads, scale, clamp, qk_first=qk_first))
+    return out.view(*qkv.shape[:-1], qkv.shape[-1] // 3)
+
+
+def linear_attention_denominators(qkv: Tensor, num_heads: int) -> Tensor:
+    """``q · Σ k`` before the clamp, (B, heads, N, 1) in fp32 at least: a vital sign, to be watched.
+
+    Args:
+        qkv: as for :func:`linear_attention`.
+    """
+    q, k, _ = split_qkv(qkv.detach().flatten(1, -2), num_heads)
+    return reference.linear_attention_denominators(q, k)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Correlate each channel of ``x`` (B, C, H, W) with its kernel, zero padding, same size.
+
+    Fastest for ``x`` in channels-last memory, in which the result is.
+
+    Args:
+        weight: (C, 1, k, k) with k odd.
+        bias: (C,) or None.
+    """
+    triton = gpu.may_run("depthwise", x)
+    if not triton and not cpu.prefers_columns(x, weight):
+        return reference.depthwise_conv(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if triton:
+        x = x.permute(0, 2, 3, 1)
+        return torch.ops.l2vit.depthwise(x, weight, bias).permute(0, 3, 1, 2)
+    return cpu.depthwise_conv(x, weight, bias)
+
+
+def window_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    """Softmax attention (eq. 1) inside the non-overlapping windows of a map.
+
+    Args:
+        qkv: (B, H, W, 3·C); the window divides H and W.
+        window: height and width of a window.
+
+    Returns:
+        (B, H, W, C)
+    """
+    b, h, w, _ = qkv.shape
+    by_index = has_open_sizes(h, w)
+    if by_index:
+        tokens = windows.partition_by_index(qkv, window)
+    else:
+        tokens = windows.partition(qkv, window, window)
+    out = join_heads(softmax_attention(*split_qkv(tokens, num_heads)))
+    if by_index:
+        return windows.merge_by_index(out, window, b, h, w)
+    return windows.merge(out, window, window, h, w)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``softmax(q kᵀ / √d + bias) v`` for (..., N, d)."""
+    bias = None if bias is None else bias.to(q.dtype)
+    if cpu.prefers_products(q, k):
+        return reference.softmax_attention(q, k, v, bias)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # What the fused kernel leaves can be joined as a view; what ONNX makes of it cannot.
+    return out.clone(memory_format=torch.contiguous_format) if exporting() else out
+
+
+def per_image_conv(x: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve each image and channel of ``x`` (B, C, H, W) with its own kernel (B, C, 3, 3)."""
+    if exporting():  # ONNX knows no convolution whose groups depend on the batch
+        return reference.per_image_conv(x, kernels)
+    b, c, h, w = x.shape
+    flat = x.reshape(1, b * c, h, w)
+    out = F.conv2d(flat, kernels.view(b * c, 1, 3, 3), padding=1, groups=b * c)
+    return out.view(b, c, h, w)
