@@ -13,6 +13,15 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A command-line argument or configuration value is wrong: exit status 2."""
+    """A command-line argument or configuration value is wrong: exit status 2.
+
+    Args:
+        message: one line; begins with the key where there is one.
+        key: the whole dotted key at fault, so that its file or override can be named.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key

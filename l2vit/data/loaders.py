@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from l2vit import config
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
@@ -229,8 +230,8 @@ def eval_loader(
         UserError: no finished shard directory, or (while iterating) an image that cannot be used:
             an evaluation is exact or fails.
     """
-    dataset.validate()
-    evaluation.validate()
+    config.check(dataset)
+    config.check(evaluation)
     directory = Path(dataset.data)
     input_size = dataset.input_size or data.input_size
     crop_fraction = dataset.crop_fraction or evaluation.crop_fraction

@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from l2vit.config.values import (
+    Count,
+    CountOrZero,
+    DurationOrEmpty,
+    DurationText,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    ShareBelow1,
+    Text,
+)
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig
 from l2vit.errors import ConfigError
 
@@ -23,19 +35,22 @@ class AboutConfig:
 
 @dataclass
 class RunConfig:
-    dir: str
+    dir: Text
     """Run directory; the same command on the same directory continues the run."""
-    seed: int = 0
+    seed: CountOrZero = 0
+    """Of first weights, order, augmentation, mixing and drop path."""
     resume: str = ""
     """Another run directory or checkpoint to continue exactly; this run's own comes first."""
 
 
 @dataclass
 class ModelConfig:
-    name: str
+    name: Text
     """A name timm knows after ``import l2vit``."""
-    drop_path_rate: float = 0.0
-    window_size: int = 7
+    drop_path_rate: ShareBelow1 = 0.0
+    """Rate of stochastic depth in the last block; it grows linearly from 0 in the first."""
+    window_size: Count = 7
+    """Height and width of the windows of local attention, in tokens."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model's constructor."""
 
@@ -56,118 +71,129 @@ class InitConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = 1e-3
+    """AdamW."""
+
+    lr: Positive = 1e-3
     """Peak learning rate, taken as given: not scaled with the batch."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: Positive = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: NotNegative = 0.05
+    """Pull of the weights towards zero, times the learning rate."""
     decay: Literal["matrices", "all"] = "matrices"
     """What decays: parameters of two dimensions and more, or norms and biases too."""
-    layer_decay: float = 1.0
-    clip_grad: float = 0.0
+    layer_decay: PositiveShare = 1.0
+    """Factor of the learning rate from each layer to the one below it; 1: the same in all."""
+    clip_grad: NotNegative = 0.0
     """Largest global L2 norm of the gradient; 0 for no clipping."""
-
-    def validate(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"lr: {self.lr} must be positive")
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"layer_decay: {self.layer_decay} is not in (0, 1]")
-        if self.clip_grad < 0 or self.weight_decay < 0:
-            raise ConfigError("clip_grad and weight_decay must not be negative")
 
 
 @dataclass
 class ScheduleConfig:
     """Durations are a number and a unit: ``90 epochs``, ``310800 steps``, ``1e6 images``."""
 
-    global_batch: int
+    global_batch: Count
     """Images per optimizer step over all ranks; micro-batch and accumulation follow from it."""
-    length: str = "90 epochs"
-    warmup: str = "5 epochs"
-    cooldown: str = "0 epochs"
+    length: DurationText = "90 epochs"
+    """Of warm-up and cosine together."""
+    warmup: DurationText = "5 epochs"
+    """Linear rise of the learning rate from ``start_lr`` to the peak, ``optim.lr``."""
+    cooldown: DurationText = "0 epochs"
     """Steps at ``min_lr`` after the cosine's end."""
-    start_lr: float = 0.0
-    min_lr: float = 1e-6
+    start_lr: NotNegative = 0.0
+    """Learning rate of the first step."""
+    min_lr: NotNegative = 1e-6
+    """Learning rate at the cosine's end."""
     shape: Literal["cosine", "steps", "poly"] = "cosine"
     """How the rate falls: along a cosine; by ``factor`` after each of ``steps``; or as
     (1 - share of the length) ** ``power``."""
-    steps: tuple[str, ...] = ()
-    factor: float = 0.1
-    power: float = 1.0
-    warmup_ratio: float = 0.0
+    steps: tuple[DurationText, ...] = ()
+    """When the rate falls (shape steps), such as [8 epochs, 11 epochs]."""
+    factor: NotNegative = 0.1
+    """By which the rate is multiplied then (shape steps)."""
+    power: NotNegative = 1.0
+    """Of the remaining share of the length (shape poly)."""
+    warmup_ratio: Share = 0.0
     """Shapes steps and poly: the first step's share of the rate; the warm-up raises it to 1."""
     convention: Literal["paper", "swin"] = "paper"
     """paper: warm-up reaches the peak, then the cosine starts. swin: the cosine is counted from
     the first step and each step uses the rate of the one before (FLatten, InLine)."""
 
     def validate(self) -> None:
-        if self.global_batch < 1:
-            raise ConfigError(f"global_batch: {self.global_batch} must be at least 1")
         if self.shape == "cosine" and (self.warmup_ratio or self.steps):
             raise ConfigError("warmup_ratio and steps: not with shape cosine; use start_lr")
         if self.shape != "cosine" and (self.start_lr or self.convention != "paper"):
             raise ConfigError(f"start_lr and convention: not with shape {self.shape}")
         if (self.shape == "steps") != bool(self.steps):
             raise ConfigError("steps: give durations such as [8 epochs, 11 epochs] to shape steps")
-        if not 0 <= self.warmup_ratio <= 1 or self.factor < 0 or self.power < 0:
-            raise ConfigError("warmup_ratio must be in [0, 1], factor and power not negative")
 
 
 @dataclass
 class EngineConfig:
     zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed's ZeRO: 1 shards optimizer state over the ranks, 2 gradients too, 3 parameters
+    too."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
-    micro_batch: int = 0
+    """Of forward and backward; master weights, sums of gradients and optimizer state are fp32."""
+    micro_batch: CountOrZero = 0
     """Images per rank and backward pass; 0 means the whole share of a rank at once."""
     auto_micro_batch: bool = True
     """Out of memory in the first step: halve the micro-batch and double the accumulation."""
     grad_checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass: less memory, more time."""
     compile: bool = False
+    """Run the model through ``torch.compile``."""
     channels_last: bool = True
+    """Keep images and convolution weights in the memory layout NHWC."""
 
 
 @dataclass
 class EmaConfig:
-    decay: float = 0.0
-    """0 for no EMA; constant, applied once per optimizer step."""
+    """Exponential moving average of the weights."""
 
-    def validate(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"decay: {self.decay} is not in [0, 1)")
+    decay: ShareBelow1 = 0.0
+    """0 for no EMA; constant, applied once per optimizer step."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: str = "1 epochs"
-    keep_last: int = 2
-    keep_every: str = ""
+    every: DurationOrEmpty = "1 epochs"
+    """Between saves; empty for only one at the end."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_every: DurationOrEmpty = ""
     """Checkpoints at multiples of this duration are kept for good; empty for none."""
     background: bool = True
     """Copy to host memory, then write while training goes on."""
-    max_failures: int = 3
+    max_failures: Count = 3
     """Saves that may fail in a row (a full disk) before the run stops."""
 
 
 @dataclass
 class FaultsConfig:
-    max_nonfinite: int = 10
+    max_nonfinite: CountOrZero = 10
     """Optimizer steps in a row that may be skipped for a non-finite loss or gradient."""
-    hang_seconds: float = 600.0
+    hang_seconds: NotNegative = 600.0
     """A rank that makes no progress for so long is named and the run stopped; 0 for never."""
-    spike_factor: float = 0.0
+    spike_factor: NotNegative = 0.0
     """A loss above so many times its running median rolls back to the last checkpoint and skips
     those samples; 0 for never."""
+
+    def validate(self) -> None:
+        if 0 < self.spike_factor <= 1:
+            raise ConfigError(f"spike_factor: {self.spike_factor} must be 0 or above 1")
 
 
 @dataclass
 class LogConfig:
-    every: int = 50
+    every: Count = 50
     """Optimizer steps between records."""
-    denominators_every: int = 0
+    denominators_every: CountOrZero = 0
     """Steps between histograms of the linear attention's denominators; 0 for never."""
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: tuple[Count, ...] = ()
     """First and last step of a torch.profiler window."""
-    peak_tflops: float = 0.0
+    peak_tflops: NotNegative = 0.0
     """The device's peak for model FLOP utilisation; 0 looks the device up."""
 
 
@@ -191,3 +217,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def validate(self) -> None:
+        for name in ("start_lr", "min_lr"):
+            rate = getattr(self.schedule, name)
+            if rate > self.optim.lr:
+                raise ConfigError(
+                    f"schedule.{name}: {rate} is above the peak, optim.lr={self.optim.lr}"
+                )

@@ -3,49 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
+from l2vit.config.values import Duration
 from l2vit.errors import ConfigError
 from l2vit.train.config import OptimConfig, ScheduleConfig
-
-_DURATION = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([a-z]+?)s?\s*")
-_UNITS = ("steps", "epochs", "images")
-
-
-@dataclass(frozen=True)
-class Duration:
-    """A number and a unit, such as ``90 epochs``."""
-
-    value: float
-    unit: str
-    """One of steps, epochs, images."""
-
-    @classmethod
-    def parse(cls, text: str) -> Duration:
-        """Read ``90 epochs``, ``310800 steps`` or ``1e6 images`` (singular forms too).
-
-        Raises:
-            ConfigError: says what a duration looks like.
-        """
-        match = _DURATION.fullmatch(text)
-        try:
-            if match is None or f"{match[2]}s" not in _UNITS:
-                raise ValueError
-            value, unit = float(match[1]), f"{match[2]}s"
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError
-        except ValueError:
-            raise ConfigError(
-                f"{text!r} is not a duration such as '90 epochs', '1000 steps' or '1e6 images'"
-            ) from None
-        return cls(value, unit)
-
-    def steps(self, steps_per_epoch: int, global_batch: int) -> int:
-        """Whole optimizer steps in this duration, rounded down."""
-        factor = {"steps": 1.0, "epochs": float(steps_per_epoch), "images": 1 / global_batch}
-        # 0.1 epochs of 310 steps is 31.000000000000004 or 30.999999999999996: neither is meant.
-        return math.floor(self.value * factor[self.unit] + 1e-6)
 
 
 def steps_of(text: str, key: str, steps_per_epoch: int, global_batch: int) -> int:

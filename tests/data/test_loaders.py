@@ -478,7 +478,7 @@ def test_the_whole_graph_gives_pils_pictures(pictures, interpolation):
 @pytest.mark.parametrize("backend", ["host", "dali"])
 def test_evaluations_that_cannot_be_are_refused_when_a_run_begins(shards, backend):
     for fraction in (0.0, -1.0, 1.1):
-        with pytest.raises(ConfigError, match=rf"crop_fraction: {fraction} is not in \(0, 1\]"):
+        with pytest.raises(ConfigError, match=rf"crop_fraction: {fraction} must be in [\[(]0, 1\]"):
             make_eval(shards, backend, fraction=fraction)
     with pytest.raises(ConfigError, match="batch: 0 must be at least 1"):
         make_eval(shards, backend, batch=0)

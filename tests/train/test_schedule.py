@@ -8,6 +8,7 @@ import timm
 import torch
 
 import l2vit  # noqa: F401
+from l2vit.config import check
 from l2vit.data import order
 from l2vit.errors import ConfigError
 from l2vit.train import param_groups
@@ -212,7 +213,7 @@ def test_rates_that_fall_as_a_power():
 )
 def test_settings_that_contradict_each_other_are_refused(settings):
     with pytest.raises(ConfigError):
-        ScheduleConfig(global_batch=8, **settings).validate()
+        check(ScheduleConfig(global_batch=8, **settings))
 
 
 def test_everything_may_decay():
