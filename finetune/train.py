@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from l2vit import cli, config
+from l2vit.train import checks
 from l2vit.train.config import TrainConfig
 
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     cli.add_config(parser)
     options = cli.parse(parser, argv)
     settings = config.load(TrainConfig, options.config, options.overrides)
+    checks.require_first_weights(settings)
     if cli.is_rank_0():
         _warn_of_padding(settings)
     from l2vit.train.loop import train  # after the configuration: its errors need not wait

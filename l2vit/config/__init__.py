@@ -7,6 +7,7 @@ values of the wrong type or outside their range (``values.py``) and, through eac
 (``reference.py``).
 """
 
+from l2vit.config.reading import blamed as blamed
 from l2vit.config.reading import check as check
 from l2vit.config.reading import dump as dump
 from l2vit.config.reading import from_tree as from_tree

@@ -30,8 +30,20 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
     try:
         return from_tree(schema, tree)
     except ConfigError as error:
-        source = _source_of(error.key, sources) or str(path)
-        raise ConfigError(f"{source}: {error}", key=error.key) from None
+        raise _blamed(error, sources, path) from None
+
+
+def blamed(error: ConfigError, path: Path | str, overrides: Sequence[str] = ()) -> ConfigError:
+    """``error`` with the file or override in front that holds its key, as `load` reports it."""
+    tree, sources = _read(Path(path), ())
+    for override in overrides:
+        _apply_override(tree, override, sources)
+    return _blamed(error, sources, path)
+
+
+def _blamed(error: ConfigError, sources: Mapping[str, str], path: Path | str) -> ConfigError:
+    source = _source_of(error.key, sources) or str(path)
+    return ConfigError(f"{source}: {error}", key=error.key)
 
 
 def read_tree(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     options = command.parse(argv)
+    command.check(options.script, options.rest)
     from l2vit.launch import supervisor  # torch: --help and wrong flags need not wait for it
 
     return supervisor.launch(options)

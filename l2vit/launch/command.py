@@ -10,10 +10,12 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from l2vit import cli, config
 from l2vit.errors import ConfigError
 from l2vit.launch.rank import omp_threads
+from l2vit.train import checks
 from l2vit.train.config import TrainConfig
 
 CPU_RANKS = 2
@@ -89,6 +91,15 @@ def read_config(rest: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: no ``--config``, or anything the program itself would refuse.
     """
+    return config.load(TrainConfig, *config_arguments(rest))
+
+
+def config_arguments(rest: Sequence[str]) -> tuple[str, list[str]]:
+    """The file and the overrides among the program's arguments.
+
+    Raises:
+        ConfigError: no ``--config``.
+    """
     path, overrides = None, []
     arguments = iter(rest)
     for argument in arguments:
@@ -100,7 +111,23 @@ def read_config(rest: Sequence[str]) -> TrainConfig:
             overrides.append(argument)
     if path is None:
         raise ConfigError("--config FILE is required (pretrain/configs or finetune/configs)")
-    return config.load(TrainConfig, path, overrides)
+    return path, overrides
+
+
+def check(script: str, rest: Sequence[str]) -> None:
+    """Refuse a run that cannot work before anything is started for it.
+
+    Raises:
+        UserError: of :func:`l2vit.train.checks.check`, with the file or override at fault.
+    """
+    path, overrides = config_arguments(rest)
+    settings = config.load(TrainConfig, path, overrides)
+    try:
+        if Path(script).stem == "finetune":
+            checks.require_first_weights(settings)
+        checks.check(settings)
+    except ConfigError as error:
+        raise config.blamed(error, path, overrides) if error.key else error from None
 
 
 def build(options: argparse.Namespace) -> Launch:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from l2vit.data.manifest import Manifest, Shard
+
 ROOT = Path(__file__).parents[2]
 
 # Behaves as the variable STUB says. Leaves what it saw in ranks/N.json in the run directory.
@@ -42,6 +44,7 @@ CONFIG = """
 run: {dir: RUN}
 model: {name: l2vit_mini}
 schedule: {global_batch: 32}
+data: {train: ROOT/shards}
 """
 
 
@@ -54,8 +57,14 @@ class Project:
             (root / program).mkdir()
             (root / program / "__init__.py").touch()
             (root / program / "train.py").write_text(PROGRAM)
+        shard = Shard("shard-000000.tar", samples=64, bytes=0, sha256="", index_sha256="")
+        (root / "shards").mkdir()
+        for name in (shard.name, shard.index_name):
+            (root / "shards" / name).touch()
+        manifest = Manifest("two classes", "train", ("a", "b"), (shard,), (32, 32))
+        manifest.save(root / "shards")
         self.config = root / "config.yaml"
-        self.config.write_text(CONFIG.replace("RUN", str(self.run)))
+        self.config.write_text(CONFIG.replace("RUN", str(self.run)).replace("ROOT", str(root)))
 
     def environment(self, stub: str, **more: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "L2VIT_"))}

@@ -143,6 +143,40 @@ def test_srun_tasks_become_ranks(project):
         (["--config", "nowhere.yaml"], "configuration file not found: nowhere.yaml"),
         (["--config", "config.yaml", "run.sed=1"], "unknown key run.sed; did you mean run.seed?"),
         (["run.seed=1"], "--config FILE is required"),
+        (
+            ["--config", "config.yaml", "data.train="],
+            "data.train=: data.train is required",
+        ),
+        (
+            ["--config", "config.yaml", "data.train=nowhere"],
+            "override data.train=nowhere: data.train: no manifest.json in nowhere",
+        ),
+        (
+            ["--config", "config.yaml", "schedule.global_batch=65"],
+            "schedule.global_batch=65: schedule.global_batch: 65 is more than the 64 images",
+        ),
+        (
+            ["--config", "config.yaml", "data.subset.fraction=0.2"],
+            "config.yaml: schedule.global_batch: 32 is more than the",
+        ),
+        (
+            ["--config", "config.yaml", "schedule.length=2 epochs"],
+            "schedule.warmup: 5 epochs (10 steps) is longer than schedule.length: 2 epochs",
+        ),
+        (["--config", "config.yaml", "data.val=nowhere"], "override data.val=nowhere: data.val: "),
+        (
+            ["--config", "config.yaml", "init.source=nowhere"],
+            "override init.source=nowhere: init.source: no such file or directory: nowhere",
+        ),
+        (["--config", "config.yaml", "run.resume=nowhere"], "run.resume: no such run"),
+        (
+            ["--config", "config.yaml", "model.name=l2vit_tinny"],
+            "model.name: timm knows no 'l2vit_tinny'; similar: l2vit",
+        ),
+        (
+            ["--config", "config.yaml", "model.args={depth: 3}"],
+            "override model.args={depth: 3}: model.args: l2vit_mini: ",
+        ),
         (["--nproc", "none", "--config", "config.yaml"], "--nproc: 'none' is not a number"),
         (["--no_ssh", "--config", "config.yaml"], "--no_ssh needs --hostfile"),
     ],

@@ -1,0 +1,124 @@
+"""What can be known to be wrong with a run before any rank of it is started.
+
+The ranks would find the same, after seconds or minutes of starting. Cheap questions come first;
+torch and timm are imported only for the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from l2vit.data.config import EvalSetConfig
+from l2vit.data.manifest import MANIFEST_NAME, Manifest
+from l2vit.errors import ConfigError, UserError
+from l2vit.train.config import TrainConfig
+
+CLASSIFY = "classify"
+
+
+def check(settings: TrainConfig) -> None:
+    """Refuse data, durations, first weights and models that cannot work.
+
+    Raises:
+        ConfigError: a setting; the message begins with its whole key.
+        UserError: shards that are damaged or not there.
+    """
+    if settings.task == CLASSIFY:
+        manifest = _training_data(settings)
+        _steps(settings, manifest)
+        _evaluation_data(settings, manifest)
+    _first_weights(settings)
+    _network(settings)
+
+
+def require_first_weights(settings: TrainConfig) -> None:
+    """Refuse fine-tuning without weights to begin with, unless it is asked for or goes on.
+
+    ``init.source=scratch`` asks for it and then means none.
+
+    Raises:
+        ConfigError: neither ``init.source`` nor ``run.resume`` is set.
+    """
+    given = settings.init.source or settings.run.resume
+    if not given and not (Path(settings.run.dir) / "config.yaml").exists():
+        raise ConfigError(
+            "init.source: fine-tuning needs weights to begin with: a run, a checkpoint, an export"
+            " or a released file; init.source=scratch trains without",
+            key="init.source",
+        )
+    if settings.init.source == "scratch":
+        settings.init.source = ""
+
+
+def _training_data(settings: TrainConfig) -> Manifest:
+    directory = settings.data.train
+    if not directory:
+        raise ConfigError("data.train is required: a directory of shards", key="data.train")
+    if not (Path(directory) / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"data.train: no {MANIFEST_NAME} in {directory}; make shards with"
+            " python -m data_prep build",
+            key="data.train",
+        )
+    return Manifest.of_training(settings.data)
+
+
+def _steps(settings: TrainConfig, manifest: Manifest) -> None:
+    """The batch is no larger than the data, and the schedule fits into the run."""
+    from l2vit.data.subset import subset_ids
+    from l2vit.train.schedule import Schedule
+
+    directory = Path(settings.data.train)
+    subset = subset_ids(settings.data.subset, directory, manifest, seed=settings.run.seed)
+    samples, batch = manifest.samples if subset is None else len(subset), settings.schedule
+    if batch.global_batch > samples:
+        raise ConfigError(
+            f"schedule.global_batch: {batch.global_batch} is more than the {samples:,} images to"
+            " train on",
+            key="schedule.global_batch",
+        )
+    per_epoch = samples // batch.global_batch
+    with _keys_named():
+        Schedule.build(settings.schedule, settings.optim, steps_per_epoch=per_epoch)
+
+
+def _evaluation_data(settings: TrainConfig, trained: Manifest) -> None:
+    sets = {"data.val": EvalSetConfig(settings.data.val)} if settings.data.val else {}
+    sets |= {f"eval.extra.{name}": extra for name, extra in settings.eval.extra.items()}
+    for key, dataset in sets.items():
+        try:
+            classes = Manifest.load(Path(dataset.data)).classes
+        except UserError as error:
+            raise ConfigError(f"{key}: {error}", key=key) from None
+        if not set(classes) & set(trained.classes):
+            raise ConfigError(f"{key}: no class in common with data.train", key=key)
+
+
+def _first_weights(settings: TrainConfig) -> None:
+    source = settings.init.source
+    if source and not Path(settings.run.dir).exists() and not Path(source).exists():
+        raise ConfigError(f"init.source: no such file or directory: {source}", key="init.source")
+    resume = settings.run.resume
+    if resume and not Path(resume).exists():
+        raise ConfigError(f"run.resume: no such run or checkpoint: {resume}", key="run.resume")
+
+
+def _network(settings: TrainConfig) -> None:
+    """Build it from shapes alone: the name, arguments and evaluation sizes must be possible."""
+    import torch
+
+    from l2vit.train import tasks
+
+    with _keys_named(), torch.device("meta"):
+        tasks.kind(settings.task).make(settings).network()
+
+
+@contextlib.contextmanager
+def _keys_named() -> Iterator[None]:
+    """Take the key of a ConfigError raised inside from the beginning of its message."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error), key=error.key or str(error).partition(":")[0]) from None
