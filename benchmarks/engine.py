@@ -178,7 +178,7 @@ def worker_resume(options: argparse.Namespace) -> dict[str, float]:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed needs it at the start
     import torch
 
-    import l2vit.data.loaders
+    import l2vit.data.loader
     import l2vit.train.loop  # noqa: F401
     from l2vit.train import distributed
 

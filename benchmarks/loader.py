@@ -65,7 +65,7 @@ def ours(backend: str, shards: Path, options: argparse.Namespace) -> Iterator[in
     import torch
 
     from l2vit.data.config import AugmentConfig, DataConfig
-    from l2vit.data.loaders import train_loader
+    from l2vit.data.loader import train_loader
     from l2vit.data.manifest import Manifest
     from l2vit.data.order import Split
 

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from l2vit.data.batch import TrainPlanner
 from l2vit.data.manifest import Manifest, Shard
 from l2vit.data.order import SampleOrder, Share, split
-from l2vit.data.plan import TrainPlan
 from l2vit.data.shards import ShardReader
 from l2vit.train import checkpoint, preflight
 from l2vit.train.checkpoint import CheckpointMeta, Part, Reader, TensorSlice
@@ -78,7 +78,7 @@ def simulate_order(manifest: Manifest, ranks: int, batch: int, chunk: int) -> di
     micro = batch // ranks
     shares = [Share(rank, split(batch, world=ranks, micro_batch=micro)) for rank in range(ranks)]
     places = np.concatenate([s.places(a) for s in shares for a in range(s.accumulation)])
-    plan = TrainPlan(order, shares[-1], images_seen=batch * (order.steps_per_epoch // 2))
+    plan = TrainPlanner(order, shares[-1], images_seen=batch * (order.steps_per_epoch // 2))
     began = time.perf_counter()
     plan.work(0)
     resume = time.perf_counter() - began

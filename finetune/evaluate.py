@@ -23,7 +23,7 @@ from finetune.datasets import Dataset
 from finetune.scores import Scores
 from l2vit import cli, files
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
-from l2vit.data.loaders import eval_loader
+from l2vit.data.loader import eval_loader
 from l2vit.errors import ConfigError
 from l2vit.models.padding import padding_warnings
 from l2vit.train.distributed import World
@@ -39,7 +39,7 @@ _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Setting:
     """How to run an evaluation; none of it changes what is counted, but for precision."""
 
-    backend: str = "host"
+    backend: str = "pil"
     batch: int = 64
     threads: int = 2
     precision: str = "fp32"
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--window-size", type=int, default=0)
     add("--crop-fraction", type=float, default=0.0)
     add("--crop-mode", choices=("center", "squash"))
-    add("--backend", choices=("host", "dali"), default="host", help="host decodes as timm does")
+    add("--backend", choices=("pil", "dali", "host"), default="pil", help="pil: as timm decodes")
     add("--batch", type=int, default=64)
     add("--threads", type=int, default=2)
     add("--precision", choices=tuple(_PRECISIONS), default="fp32")

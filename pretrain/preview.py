@@ -23,15 +23,15 @@ from l2vit import cli, config, files
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.contact_sheet import to_bytes
-from l2vit.data.loaders import train_loader
+from l2vit.data.loader import train_loader
 from l2vit.data.manifest import Manifest
-from l2vit.data.mixing import Mixer
+from l2vit.data.mixup import Mixer
 from l2vit.data.order import Split, mix_group
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
 
-BACKENDS: tuple[Literal["host", "dali"], ...] = ("host", "dali")
-_TITLES = {"host": "host", "dali": "DALI", "mixed": "mixed"}
+BACKENDS: tuple[Literal["pil", "dali"], ...] = ("pil", "dali")
+_TITLES = {"pil": "PIL", "dali": "DALI", "mixed": "mixed"}
 _STYLE = """body{font:14px sans-serif;margin:2em;max-width:80em}
 table{border-collapse:collapse}td,th{padding:6px;text-align:left;vertical-align:top}
 img{display:block;image-rendering:pixelated;min-width:96px}"""
@@ -86,7 +86,7 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
         )
     classes = len(manifest.classes)
     mixer = Mixer(settings.augment, num_classes=classes, seed=settings.run.seed)
-    mixed, targets = mixer(batches["host"])
+    mixed, targets = mixer(batches["pil"])
     mean, std = settings.augment.mean, settings.augment.std
     pictures: dict[str, np.ndarray] = {
         name: to_bytes(batch.images, mean, std) for name, batch in batches.items()
@@ -94,16 +94,16 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
     pictures["mixed"] = to_bytes(mixed, mean, std)
     compared = "DALI reads no streams."
     if "dali" in pictures:
-        apart = np.abs(pictures["host"].astype(int) - pictures["dali"]).mean()
+        apart = np.abs(pictures["pil"].astype(int) - pictures["dali"]).mean()
         compared = f"Mean difference of the backends: {apart:.3f} of 255."
     rows = [
-        _row(manifest, batches["host"], i, {k: v[i] for k, v in pictures.items()}, targets[i])
+        _row(manifest, batches["pil"], i, {k: v[i] for k, v in pictures.items()}, targets[i])
         for i in range(images)
     ]
     head = (
         f"<h1>{html.escape(manifest.dataset)} {html.escape(manifest.split)}</h1>"
         f"<p>Step at {images_seen:,} images seen, seed {settings.run.seed}, epoch"
-        f" {batches['host'].epoch}. {compared}</p>"
+        f" {batches['pil'].epoch}. {compared}</p>"
     )
     columns = "".join(f"<th>{_TITLES[name]}</th>" for name in pictures)
     names = f"<tr><th>sample</th>{columns}<th>target</th></tr>"

@@ -184,7 +184,7 @@ def test_only_ops_and_export_know_how_a_model_is_run():
     ("library", "owner"),
     [
         ("deepspeed", "l2vit/train/engine.py"),
-        ("nvidia", "l2vit/data/dali_loader.py"),
+        ("nvidia", "l2vit/data/dali.py"),
         ("pycocotools", "l2vit/dense/coco.py"),
         ("segmentation_models_pytorch", "l2vit/dense/segmentor.py"),
     ],

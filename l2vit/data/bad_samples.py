@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
-import numpy as np
-
-from l2vit.data.shards import BadSample, Sample, ShardReader
 from l2vit.errors import UserError
 
 LOG_NAME = "bad_samples.jsonl"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,57 +20,6 @@ class BadRecord:
     key: str
     shard: str
     reason: str
-
-
-@dataclass
-class Fetched(Generic[T]):
-    """Samples as they will be used, with those found bad on the way."""
-
-    ids: np.ndarray
-    """(n,) int64; differs from what was asked for where a sample was replaced."""
-    labels: np.ndarray
-    """(n,) int64, each the label stored with the sample in ``ids``."""
-    payloads: list[T]
-    bad: list[BadRecord]
-    complete: bool = True
-    """False if the limit was passed before every place was filled."""
-
-
-def fetch(
-    reader: ShardReader,
-    ids: np.ndarray,
-    accept: Callable[[Sample], T],
-    *,
-    following: Callable[[int], int],
-    limit: int,
-) -> Fetched[T]:
-    """Read samples, putting the next good one of the manifest in the place of each bad one.
-
-    Args:
-        reader: where samples come from.
-        ids: (n,) sample ids wanted.
-        accept: turns a sample into what is needed of it; raises BadSample to refuse it.
-        following: the sample that stands in for one.
-        limit: bad samples after which to give up.
-    """
-    used, labels, payloads = np.array(ids, np.int64), np.zeros(len(ids), np.int64), []
-    bad: dict[int, BadRecord] = {}
-    for place, wanted in enumerate(used.tolist()):
-        sample_id = wanted
-        while True:
-            try:
-                sample = reader.read(sample_id)
-                payloads.append(accept(sample))
-                break
-            except BadSample as error:
-                key, shard = reader.key_of(sample_id), reader.shard_name(sample_id)
-                bad[sample_id] = BadRecord(sample_id, key, shard, str(error))
-                sample_id = following(sample_id)
-                if len(bad) > limit or sample_id == wanted:  # too many, or none is good
-                    found = list(bad.values())
-                    return Fetched(used[:place], labels[:place], payloads, found, complete=False)
-        used[place], labels[place] = sample_id, sample.label
-    return Fetched(used, labels, payloads, list(bad.values()))
 
 
 class BadSampleLog:

@@ -41,14 +41,16 @@ class DataConfig:
     """Shard directory to train on."""
     val: str = ""
     """Shard directory to evaluate on; empty for no evaluation."""
-    backend: Literal["dali", "host"] = "dali"
+    backend: Literal["auto", "pil", "dali", "host"] = "auto"
+    """pil: worker processes, timm's pixels. dali: one graph, for GPUs. auto: dali on a GPU, else
+    pil. host is pil's former name."""
     input_size: Count = 224
     """Height and width of the training images in pixels, and of the evaluation's."""
     threads: CountOrZero = 4
-    """Decoding threads (dali) or worker processes (host) per rank; 0 works in the main process
-    (host)."""
+    """Decoding threads (dali) or worker processes (pil) per rank; 0 works in the main process
+    (pil)."""
     prefetch: Count = 2
-    """Batches made ready ahead of the one in use; in each worker process (host)."""
+    """Batches made ready ahead of the one in use; in each worker process (pil)."""
     hw_decoder_load: Share = 0.65
     """Share of the JPEGs for the hardware decoder of a GPU that has one (dali)."""
     chunk: Count = 256
@@ -57,7 +59,7 @@ class DataConfig:
     """Unreadable samples replaced by good ones before the run stops."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     stream: str = ""
-    """Read training shards front to back from here (host backend), {shard} standing for a name:
+    """Read training shards front to back from here (pil backend), {shard} standing for a name:
     ``s3://bucket/train/{shard}``, ``https://…``, ``pipe:…``. ``train`` then needs to hold only
     manifest.json. Weaker guarantees: docs/augmentation.md."""
     stream_buffer: Count = 1000
@@ -69,11 +71,17 @@ class DataConfig:
         if self.threads == 0 and self.backend == "dali":
             raise ConfigError(f"threads: {self.threads} is too few for backend {self.backend}")
 
+    def backend_on(self, device: str) -> Literal["pil", "dali"]:
+        """The backend that makes batches for a ``device`` (``cuda``, ``cpu``)."""
+        if self.backend == "auto":
+            return "dali" if device == "cuda" and not self.stream else "pil"
+        return "dali" if self.backend == "dali" else "pil"
+
     def _validate_stream(self) -> None:
         if "{shard}" not in self.stream:
             raise ConfigError(f"stream: {self.stream} must hold {{shard}}, the place of the name")
-        if self.backend != "host":
-            raise ConfigError("stream: only backend host streams")
+        if self.backend == "dali":
+            raise ConfigError("stream: only backend pil streams")
         if self.subset != SubsetConfig():
             raise ConfigError("stream: a subset needs indexed shards")
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from l2vit.data.config import AugmentConfig
-from l2vit.data.philox import derive_key, permutation, uniforms
+from l2vit.data.rng import derive_key, permutation, uniforms
 from l2vit.errors import ConfigError, UserError
 
 MIN_CHUNKS_PER_LANE = 8

@@ -7,7 +7,7 @@ Weaker than the indexed loaders, by the nature of a stream:
   through a buffer only;
 - a resumed run starts on freshly shuffled shards instead of seeking;
 - a shard that breaks off is left there, and counts as one bad sample;
-- the host backend only.
+- the pil backend only.
 
 What is done to a sample is the same as everywhere: drawn by (seed, epoch, sample).
 """
@@ -26,15 +26,12 @@ import numpy as np
 import torch
 from webdataset.gopen import gopen
 
-from l2vit.data import host_ops
-from l2vit.data.bad_samples import BadRecord, Fetched
-from l2vit.data.config import AugmentConfig
-from l2vit.data.draws import Drawer
-from l2vit.data.host_loader import carry_out
+from l2vit.data import pil
+from l2vit.data.augment import AugmentSampler
+from l2vit.data.bad_samples import BadRecord
+from l2vit.data.batch import BatchPlan, DecodedBatch, TrainPlanner
 from l2vit.data.manifest import Manifest
-from l2vit.data.philox import derive_key, permutation, uniforms
-from l2vit.data.plan import TrainPlan, Work
-from l2vit.data.raw import RawBatch
+from l2vit.data.rng import derive_key, permutation, uniforms
 from l2vit.data.shards import (
     IMAGE_EXTENSIONS,
     BadSample,
@@ -51,7 +48,7 @@ _Bad = dict[int, BadRecord]
 
 
 @dataclass
-class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
+class StreamTrainSet(torch.utils.data.IterableDataset[DecodedBatch]):
     """Training micro-batches out of streamed shards; what a worker process iterates.
 
     The batch's places are those of the plan; the samples at them are what the stream brings.
@@ -62,47 +59,48 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
     directory: Path
     """Where the manifest was; checksum files there are used."""
     manifest: Manifest
-    plan: TrainPlan
-    augment: AugmentConfig
-    drawer: Drawer
-    input_size: int
+    planner: TrainPlanner
+    sampler: AugmentSampler
     seed: int
     buffer: int
     """Encoded samples a worker draws from at random."""
     limit: int
     """Bad samples of one batch after which to give up."""
 
-    def __iter__(self) -> Iterator[RawBatch]:
+    def __iter__(self) -> Iterator[DecodedBatch]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        share = self.plan.share
+        share = self.planner.share
         bad: _Bad = {}
         items = self._decoded(share.rank * workers + worker, share.split.world * workers, bad)
         number = worker
         while True:
-            work = self.plan.work(number)
-            chosen = list(itertools.islice(items, len(work.ids)))
-            yield self._batch(work, chosen, bad)
-            if len(chosen) < len(work.ids):
+            plan = self.planner.plan(number)
+            chosen = list(itertools.islice(items, len(plan.ids)))
+            yield self._batch(plan, chosen, bad)
+            if len(chosen) < len(plan.ids):
                 return  # nothing comes: the batch says so
             bad.clear()
             number += workers  # the data loader takes workers in turn
 
-    def _batch(self, work: Work, items: list[tuple[Sample, np.ndarray]], bad: _Bad) -> RawBatch:
-        found = Fetched(
+    def _batch(
+        self, plan: BatchPlan, items: list[tuple[Sample, np.ndarray]], bad: _Bad
+    ) -> DecodedBatch:
+        batch = DecodedBatch(
+            plan,
             np.array([sample.id for sample, _ in items], np.int64),
             np.array([sample.label for sample, _ in items], np.int64),
-            [picture for _, picture in items],
-            list(bad.values()),
-            complete=len(items) == len(work.ids),
+            bad=list(bad.values()),
+            complete=len(items) == len(plan.ids),
         )
-        return carry_out(work, found, found.ids, self.drawer, self.augment, self.input_size)
+        pictures = [picture for _, picture in items]
+        return pil.augmented(batch, pictures, batch.ids, self.sampler)
 
     def _decoded(self, reader: int, readers: int, bad: _Bad) -> Iterator[tuple[Sample, np.ndarray]]:
         in_a_row, most = 0, self.manifest.samples + self.buffer  # more: there is no good one
         for sample, key, shard in self._mixed(reader, readers, bad):
             try:
-                picture = host_ops.decode(sample.image)
+                picture = pil.decode(sample.image)
             except BadSample as error:
                 bad[sample.id] = BadRecord(sample.id, key, shard, str(error))
                 in_a_row += 1
@@ -114,7 +112,7 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
 
     def _mixed(self, reader: int, readers: int, bad: _Bad) -> Iterator[tuple[Sample, str, str]]:
         """Samples (with key and shard) as they leave a shuffle buffer."""
-        random = derive_key("stream", self.seed, self.plan.images_seen, reader)
+        random = derive_key("stream", self.seed, self.planner.images_seen, reader)
         held: list[tuple[Sample, str, str]] = []
         for count, item in enumerate(self._samples(reader, readers, bad)):
             if len(held) < self.buffer:
@@ -131,7 +129,7 @@ class StreamTrainSet(torch.utils.data.IterableDataset[RawBatch]):
         """
         count = len(self.manifest.shards)
         for turn in itertools.count():
-            key = derive_key("stream shards", self.seed, self.plan.images_seen, turn)
+            key = derive_key("stream shards", self.seed, self.planner.images_seen, turn)
             found = False
             for shard in permutation(key, count)[reader::readers].tolist():
                 for item in self._shard(shard, bad):

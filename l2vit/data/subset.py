@@ -9,7 +9,7 @@ import numpy as np
 
 from l2vit.data.config import SubsetConfig
 from l2vit.data.manifest import Manifest
-from l2vit.data.philox import derive_key, uniforms
+from l2vit.data.rng import derive_key, uniforms
 from l2vit.data.shards import BadSample, read_index, read_labels
 from l2vit.errors import ConfigError, UserError
 

@@ -16,30 +16,23 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from l2vit.data.raw import RawBatch
 from l2vit.errors import UserError
 
-_SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+T = TypeVar("T")
+_SAVE_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 """What a user or a scheduler may send to all processes of a run so that it saves and stops."""
-_DYING = 5.0
+_DEATH_SECONDS = 5.0
 """Seconds in which a worker whose batch was cut off turns out to be dead."""
-_PIPE = 2**20
+_PIPE_BYTES = 2**20
 """Bytes; the most Linux grants by default."""
 
 
-def host_batches(
-    dataset: torch.utils.data.Dataset[RawBatch],
-    *,
-    workers: int,
-    prefetch: int,
-    pin: bool,
-    count: int | None = None,
-) -> Generator[RawBatch, None, None]:
-    """Batches 0, 1, … of ``dataset`` in order, made ahead by ``workers`` processes.
+class WorkerBatches(Generic[T]):
+    """Batches 0, 1, … of ``dataset`` in order, made ahead by processes that last an iteration.
 
     Args:
         dataset: makes a batch from its number.
@@ -48,45 +41,59 @@ def host_batches(
         pin: put them in page-locked memory (for a GPU).
         count: how many; None for without end.
     """
-    numbers: Iterable[int] | None = itertools.count() if count is None else range(count)
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        numbers = None  # it counts by itself
-    else:
-        dataset = _Telling(dataset)
-    lifeline, end = multiprocessing.Pipe(duplex=False)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        multiprocessing_context=_server() if workers else None,
-        worker_init_fn=functools.partial(_begin, lifeline),
-        sampler=numbers,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        collate_fn=_unchanged,
-        pin_memory=pin,
-    )
-    atexit.register(end.close)  # before multiprocessing waits for the workers
-    items = iter(loader)
-    _enlarge(items)
-    return _told(items, end)
+
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset[T],
+        *,
+        workers: int,
+        prefetch: int,
+        pin: bool,
+        count: int | None = None,
+    ) -> None:
+        self._numbers: Iterable[int] | None
+        self._numbers = itertools.count() if count is None else range(count)
+        self._dataset: torch.utils.data.Dataset[Any] = _ReturnedErrors(dataset)
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            self._numbers, self._dataset = None, dataset  # it counts by itself
+        self._workers, self._prefetch, self._pin = workers, prefetch, pin
+
+    def __iter__(self) -> Generator[T, None, None]:
+        lifeline, end = multiprocessing.Pipe(duplex=False)
+        loader = torch.utils.data.DataLoader(
+            self._dataset,
+            multiprocessing_context=_forkserver() if self._workers else None,
+            worker_init_fn=functools.partial(_init_worker, lifeline),
+            sampler=self._numbers,
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            collate_fn=_unchanged,
+            pin_memory=self._pin,
+        )
+        atexit.register(end.close)  # before multiprocessing waits for the workers
+        items = iter(loader)
+        _enlarge_pipe(items)
+        return _raising_errors(items, end)
+
+    def close(self) -> None:
+        """Nothing lives longer than an iteration."""
 
 
 @dataclass
-class _Telling(torch.utils.data.Dataset[Any]):
+class _ReturnedErrors(torch.utils.data.Dataset[Any]):
     """Gives a user's error back instead of raising it: torch would bury it in a traceback."""
 
-    inner: torch.utils.data.Dataset[RawBatch]
+    inner: torch.utils.data.Dataset[Any]
 
-    def __getitem__(self, number: int) -> RawBatch | UserError:
+    def __getitem__(self, number: int) -> Any:
         try:
             return self.inner[number]
         except UserError as error:
             return error
 
 
-def _told(
-    items: Iterator[RawBatch | UserError], end: Connection
-) -> Generator[RawBatch, None, None]:
+def _raising_errors(items: Iterator[T | UserError], end: Connection) -> Generator[T, None, None]:
     """``items``, until a user's error; closes ``end`` of the workers' lifeline afterwards."""
     try:
         for item in items:
@@ -116,7 +123,7 @@ def _is_of_lost_worker(error: Exception, items: Iterator[Any]) -> bool:
     if "DataLoader worker" in str(error):
         return True
     ends = [worker.sentinel for worker in getattr(items, "_workers", ())]
-    return bool(wait(ends, timeout=_DYING))
+    return bool(wait(ends, timeout=_DEATH_SECONDS))
 
 
 class _Flag:
@@ -149,7 +156,7 @@ class _Context(multiprocessing.context.ForkServerContext):
         return _Flag()
 
 
-def _enlarge(items: Iterator[Any]) -> None:
+def _enlarge_pipe(items: Iterator[Any]) -> None:
     """Make the pipe of finished batches hold all made ahead (64 KiB do not, at 7 KiB a batch).
 
     A worker killed with a message half written would leave its reader waiting for the rest. Only
@@ -157,28 +164,28 @@ def _enlarge(items: Iterator[Any]) -> None:
     """
     finished = getattr(items, "_worker_result_queue", None)
     with contextlib.suppress(OSError, AttributeError):  # no workers; no more allowed; not Linux
-        fcntl.fcntl(finished._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[union-attr]
+        fcntl.fcntl(finished._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[union-attr]
 
 
-def _server() -> multiprocessing.context.BaseContext:
+def _forkserver() -> multiprocessing.context.BaseContext:
     """Where workers are forked from: a process that has imported what they need, once.
 
     Not from this one: it has threads (DALI, gloo, NCCL) whose locks a fork would copy held. The
-    server and its workers begin with the signals of ``_SPARED`` blocked.
+    server and its workers begin with the signals of ``_SAVE_SIGNALS`` blocked.
     """
     context = _Context()
-    context.set_forkserver_preload(["l2vit.data.host_loader"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)
+    context.set_forkserver_preload(["l2vit.data.pil"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SAVE_SIGNALS)
     try:
         resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it has started
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SAVE_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
-def _begin(lifeline: Connection, worker: int) -> None:
+def _init_worker(lifeline: Connection, worker: int) -> None:
     """In a worker: outlive the signals that ask a run to save, but not the run.
 
     Slurm and terminals signal every process of a job, and the step under way may still need
@@ -188,10 +195,10 @@ def _begin(lifeline: Connection, worker: int) -> None:
     workers. After a SIGKILL of the run both would stay for ever. So a worker ends when the other
     end of ``lifeline``, which the run alone holds, has closed.
     """
-    for number in _SPARED - {signal.SIGTERM}:
+    for number in _SAVE_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SPARED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SAVE_SIGNALS)
 
     def watch() -> None:
         lifeline.poll(None)

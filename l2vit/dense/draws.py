@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from l2vit.data.philox import derive_key, uniforms
+from l2vit.data.rng import derive_key, uniforms
 
 T = TypeVar("T")
 _AT_FIRST = 64

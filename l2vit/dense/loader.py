@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l2vit.data.order import Share
-from l2vit.data.workers import host_batches
+from l2vit.data.workers import WorkerBatches
 from l2vit.dense.coco import CocoSet
 from l2vit.dense.config import DetectAugmentConfig, SegmentAugmentConfig
 from l2vit.dense.draws import Draws
@@ -108,8 +108,8 @@ class PictureLoader:
 
     def __init__(self, batches: MicroBatches, *, workers: int, prefetch: int, pin: bool) -> None:
         self.order = batches.order
-        found: Any = host_batches(batches, workers=workers, prefetch=prefetch, pin=pin)
-        self._batches = found
+        made: Any = WorkerBatches(batches, workers=workers, prefetch=prefetch, pin=pin)
+        self._batches = iter(made)
 
     def __next__(self) -> MicroBatch:
         return next(self._batches)

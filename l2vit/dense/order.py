@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from l2vit.data.philox import derive_key, permutation
+from l2vit.data.rng import derive_key, permutation
 from l2vit.errors import ConfigError, UserError
 
 

@@ -136,7 +136,7 @@ def _loading(config: TrainConfig, world: World, *, seconds: float = SECONDS) -> 
 
 
 def _loader_rate(config: TrainConfig, world: World, seconds: float) -> float:
-    from l2vit.data.loaders import train_loader
+    from l2vit.data.loader import train_loader
 
     manifest = Manifest.of_training(config.data)
     shares = split(

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l2vit.data import mixing, pixel_ops
-from l2vit.data.batch import Batch
-from l2vit.data.draws import Drawer, fill_colour
+from l2vit.data import augment_gpu
+from l2vit.data.augment import AugmentSampler, fill_colour
+from l2vit.data.batch import Batch, BatchPlan, DecodedBatch, Normalizer
+from l2vit.data.mixup import Mixer
 from l2vit.data.order import Split
-from l2vit.data.plan import Work
-from l2vit.data.raw import Erasing, Finisher, RawBatch
 from l2vit.plan.kinds import COPIES
 from l2vit.plan.recorder import Operation, Recorder
 from l2vit.plan.trace import Trace, trace
@@ -113,28 +112,23 @@ def augmentation_parts(
     """RandAugment; normalising and erasing; mixing: of one micro-batch, on the meta device."""
     augment, size = config.augment, config.data.input_size
     ids = np.arange(batch)
-    drawn = Drawer(augment, input_size=size, seed=config.run.seed).draw(0, ids)
+    params = AugmentSampler(augment, input_size=size, seed=config.run.seed).sample(0, ids)
     pixels = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=META)
     parts: dict[str, Counter[Operation]] = {}
     with _recorded(parts, "RandAugment"):
-        pixels = pixel_ops.apply_ops(
+        pixels = augment_gpu.apply_ops(
             pixels,
-            drawn.ops,
-            drawn.arguments,
+            params.ops,
+            params.arguments,
             fill=fill_colour(augment),
             interpolation="bicubic",
         )
-    raw = RawBatch(
-        Work(0, 0, ids, ids),
-        pixels,
-        ids,
-        ids % classes,
-        Erasing.draw(drawn.erase, drawn.noise_keys),
-    )
-    finish = Finisher(mean=augment.mean, std=augment.std, device=META)
-    mixer = mixing.Mixer(augment, num_classes=classes, seed=config.run.seed)
+    decoded = DecodedBatch(BatchPlan(0, 0, ids, ids), ids, ids % classes, pixels)
+    decoded.draw_erasing(params)
+    normalize = Normalizer(mean=augment.mean, std=augment.std, device=META)
+    mixer = Mixer(augment, num_classes=classes, seed=config.run.seed)
     with _recorded(parts, "normalise and erase"):
-        images: Batch = finish(raw)
+        images: Batch = normalize(decoded)
     with _recorded(parts, "mixing"):
         mixer(images)
     return parts

@@ -84,8 +84,8 @@ class Classification:
 
     def loader(self, split: Split, world: World, *, images_seen: int, directory: Path) -> Loader:
         """Augmented images of ``data.train``."""
-        from l2vit.data.loaders import train_loader
-        from l2vit.data.mixing import Mixer
+        from l2vit.data.loader import train_loader
+        from l2vit.data.mixup import Mixer
 
         config = self._config
         loader = train_loader(

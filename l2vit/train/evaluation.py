@@ -167,7 +167,7 @@ class Evaluator:
     def _add(
         self, config: TrainConfig, manifest: Manifest, name: str, dataset: EvalSetConfig
     ) -> None:
-        from l2vit.data.loaders import eval_loader
+        from l2vit.data.loader import eval_loader
 
         loader = eval_loader(
             dataset,

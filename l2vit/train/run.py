@@ -302,8 +302,8 @@ def _data(
     state: TrainState,
     directory: Path,
 ) -> tuple[Any, Any]:
-    from l2vit.data.loaders import train_loader
-    from l2vit.data.mixing import Mixer
+    from l2vit.data.loader import train_loader
+    from l2vit.data.mixup import Mixer
 
     loader = train_loader(
         config.data,

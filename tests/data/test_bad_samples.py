@@ -13,10 +13,10 @@ import pytest
 import torch
 from photo_shards import write_shards
 
-from l2vit.data import host_ops
+from l2vit.data import pil
 from l2vit.data.bad_samples import BadSampleLog
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
-from l2vit.data.loaders import eval_loader, train_loader
+from l2vit.data.loader import eval_loader, train_loader
 from l2vit.data.order import Split
 from l2vit.data.shards import BadSample, ShardReader, _may_open
 from l2vit.errors import UserError
@@ -65,7 +65,7 @@ def epochs(loader, count=4):
         loader.close()
 
 
-@pytest.mark.parametrize("backend, threads", [("host", 0), ("dali", 1)])
+@pytest.mark.parametrize("backend, threads", [("pil", 0), ("dali", 1)])
 def test_damaged_samples_are_replaced_and_recorded(make_shards, tmp_path, backend, threads):
     shards = make_shards()
     clean = epochs(make(shards, backend, threads=threads))
@@ -89,7 +89,7 @@ def test_damaged_samples_are_replaced_and_recorded(make_shards, tmp_path, backen
         assert line["shard"] == place_of(shards, line["sample_id"])[0].name
 
 
-@pytest.mark.parametrize("backend, threads", [("host", 1), ("dali", 1)])
+@pytest.mark.parametrize("backend, threads", [("pil", 1), ("dali", 1)])
 def test_a_vanished_shard_stops_the_run_at_the_limit(make_shards, tmp_path, backend, threads):
     shards = make_shards()
     gone = shards.manifest.shards[1].name
@@ -110,7 +110,7 @@ def test_a_vanished_shard_stops_the_run_at_the_limit(make_shards, tmp_path, back
     assert not np.isin(ids, np.arange(13, 26)).any() and (ids == 26).sum() > 1
 
 
-@pytest.mark.parametrize("backend, threads", [("host", 0), ("dali", 1)])
+@pytest.mark.parametrize("backend, threads", [("pil", 0), ("dali", 1)])
 def test_a_run_without_a_single_good_sample_ends(make_shards, backend, threads):
     shards = make_shards()
     for shard in shards.manifest.shards:
@@ -146,7 +146,7 @@ def evaluation(shards, backend):
     )
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["pil", "dali"])
 def test_evaluation_refuses_damage(make_shards, backend):
     shards = make_shards()
     flip_bit(shards, 30)
@@ -188,7 +188,7 @@ def test_without_checksums_dali_still_survives_what_it_cannot_decode(
     spoil(shards, victim, rotten)
     log = tmp_path / "bad.jsonl"
     if alone:
-        monkeypatch.setattr(host_ops, "decode", lambda image: None)
+        monkeypatch.setattr(pil, "decode", lambda image: None)
     batch = epochs(make(shards, "dali", log), 1)[0]
     assert batch.sample_ids[5] == victim + 1
     assert batch.labels[5] == shards.labels[victim + 1]
@@ -201,7 +201,7 @@ def test_without_checksums_dali_still_survives_what_it_cannot_decode(
 def test_what_dali_alone_cannot_decode_is_named_by_an_evaluation(make_shards, monkeypatch):
     shards = make_shards(checksums=False)
     spoil(shards, 30, without_tables)
-    monkeypatch.setattr(host_ops, "decode", lambda image: None)
+    monkeypatch.setattr(pil, "decode", lambda image: None)
     loader = evaluation(shards, "dali")
     with pytest.raises(UserError, match=rf"{shards.keys[30]} in .* \(DALI cannot decode it\)"):
         list(loader)
@@ -265,7 +265,7 @@ def test_a_broken_side_file_is_not_believed(make_shards, name, text):
     shards = make_shards()
     path = (shards.directory / shards.manifest.shards[0].name).with_suffix("." + name)
     path.write_bytes(text)
-    loader = make(shards, "host", limit=13, threads=0)
+    loader = make(shards, "pil", limit=13, threads=0)
     for batch in epochs(loader):
         assert (batch.sample_ids >= 13).all()
 
@@ -289,7 +289,7 @@ def test_the_limit_counts_each_sample_once_over_all_ranks(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1])["sample_id"] == 4
 
 
-@pytest.mark.parametrize("backend, threads", [("host", 0), ("host", 1), ("dali", 1)])
+@pytest.mark.parametrize("backend, threads", [("pil", 0), ("pil", 1), ("dali", 1)])
 def test_an_undamaged_label_out_of_range_stops_at_once(tmp_path, pictures, backend, threads):
     shards = write_shards(tmp_path / "s", pictures, [9] * len(pictures), per_shard=13, classes=10)
     manifest = dataclasses.replace(shards.manifest, classes=shards.manifest.classes[:9])

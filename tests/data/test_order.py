@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
+from l2vit.data.batch import EvalPlanner, TrainPlanner
 from l2vit.data.config import AugmentConfig
 from l2vit.data.order import SampleOrder, Share, Split, halve, mix_group, split
-from l2vit.data.philox import permutation, philox4x32, uniforms
-from l2vit.data.plan import EvalPlan, TrainPlan
+from l2vit.data.rng import permutation, philox4x32, uniforms
 from l2vit.errors import ConfigError, UserError
 
 SHARDS = [100, 0, 97, 103, 1, 211]
@@ -80,13 +80,13 @@ def test_world_micro_batch_accumulation_and_resume_share_one_sequence():
             found = np.full(len(reference), -1)
             for rank in range(world):
                 share = Share(rank, split(16, world=world, micro_batch=micro))
-                plan = TrainPlan(order, share, first_step * 16)
+                planner = TrainPlanner(order, share, first_step * 16)
                 for number in range((steps - first_step) * share.split.accumulation):
-                    work = plan.work(number)
-                    assert len(work.ids) == micro
-                    at = work.epoch * order.steps_per_epoch * 16 + work.positions
+                    plan = planner.plan(number)
+                    assert len(plan.ids) == micro
+                    at = plan.epoch * order.steps_per_epoch * 16 + plan.positions
                     assert (found[at] == -1).all()
-                    found[at] = work.ids
+                    found[at] = plan.ids
                     assert number // share.split.accumulation + first_step == at[0] // 16
             np.testing.assert_array_equal(found[first_step * 16 :], reference[first_step * 16 :])
 
@@ -151,14 +151,14 @@ def test_a_subset_is_ordered_alone():
 @pytest.mark.parametrize("world", [1, 2, 7, 70])
 def test_evaluation_takes_every_sample_once(world):
     for samples, batch in itertools.product((1, 60, 61), (1, 4, 100)):
-        plans = [EvalPlan(samples, rank, world, batch) for rank in range(world)]
-        assert len({len(plan) for plan in plans}) == 1
-        works = [plan.work(n) for plan in plans for n in range(len(plan))]
-        ids = np.concatenate([work.ids for work in works])
+        planners = [EvalPlanner(samples, rank, world, batch) for rank in range(world)]
+        assert len({len(planner) for planner in planners}) == 1
+        plans = [planner.plan(n) for planner in planners for n in range(len(planner))]
+        ids = np.concatenate([plan.ids for plan in plans])
         assert sorted(ids.tolist()) == list(range(samples))
-        for plan in plans:
-            filled = [len(plan.work(n).ids) > 0 for n in range(len(plan))]
-            assert filled == sorted(filled, reverse=True) and sum(filled) == plan.filled
+        for planner in planners:
+            filled = [len(planner.plan(n).ids) > 0 for n in range(len(planner))]
+            assert filled == sorted(filled, reverse=True) and sum(filled) == planner.filled
 
 
 def test_the_plan_of_imagenet22k_is_small():

@@ -15,11 +15,11 @@ import torch
 from photo_shards import write_shards
 
 from l2vit.config import from_tree
+from l2vit.data.augment import AugmentSampler
+from l2vit.data.batch import TrainPlanner
 from l2vit.data.config import AugmentConfig, DataConfig
-from l2vit.data.draws import Drawer
-from l2vit.data.loaders import train_loader
+from l2vit.data.loader import train_loader
 from l2vit.data.order import SampleOrder, Share, Split
-from l2vit.data.plan import TrainPlan
 from l2vit.data.stream import StreamTrainSet, address
 from l2vit.errors import ConfigError, UserError
 from l2vit.train import run
@@ -38,7 +38,7 @@ def make(shards, *, rank=0, world=1, threads=0, seen=0, limit=10, log=None, **op
     }
     return train_loader(
         DataConfig(
-            backend="host", input_size=32, threads=threads, max_bad_samples=limit, **settings
+            backend="pil", input_size=32, threads=threads, max_bad_samples=limit, **settings
         ),
         AugmentConfig(auto_augment="", erase_prob=0.0),
         manifest=shards.manifest,
@@ -53,19 +53,19 @@ def make(shards, *, rank=0, world=1, threads=0, seen=0, limit=10, log=None, **op
 
 def test_samples_are_those_of_the_shards(shards):
     """Without an index a sample still has its number, hence its label and its augmentation."""
-    from l2vit.data import host_ops
+    from l2vit.data import pil
 
     loader = make(shards)
     batches = [next(loader) for _ in range(13)]
     ids = np.concatenate([batch.sample_ids for batch in batches])
     assert len(np.unique(ids)) == len(ids) == 52  # at most once in a pass (60, 5 in the buffer)
-    drawer = Drawer(AugmentConfig(auto_augment="", erase_prob=0.0), input_size=32, seed=2)
+    sampler = AugmentSampler(AugmentConfig(auto_augment="", erase_prob=0.0), input_size=32, seed=2)
     for batch in batches:
         assert batch.labels.tolist() == [shards.labels[i] for i in batch.sample_ids]
-    first, picture = batches[0], host_ops.decode(shards.images[batches[0].sample_ids[0]])
-    drawn = drawer.draw(0, first.sample_ids[:1])
-    box = drawer.boxes(drawn, np.array([picture.shape[:2]]))[0]
-    expected = host_ops.crop_resize(picture, box, 32, "bicubic")
+    first, picture = batches[0], pil.decode(shards.images[batches[0].sample_ids[0]])
+    drawn = sampler.sample(0, first.sample_ids[:1])
+    box = sampler.boxes(drawn, np.array([picture.shape[:2]]))[0]
+    expected = pil.crop_resize(picture, box, 32, "bicubic")
     expected = expected[:, ::-1] if drawn.flip[0] else expected
     mean, std = (torch.tensor(getattr(AugmentConfig(), name)) for name in ("mean", "std"))
     found = (first.images[0].permute(1, 2, 0) * std + mean) * 255
@@ -80,10 +80,8 @@ def stream_set(shards, *, seen=0, buffer=1):
         url=f"pipe:cat {shards.directory}/{{shard}}",
         directory=shards.directory,
         manifest=shards.manifest,
-        plan=TrainPlan(order, Share(0, Split(4, 1, 1)), seen),
-        augment=augment,
-        drawer=Drawer(augment, input_size=8, seed=0),
-        input_size=8,
+        planner=TrainPlanner(order, Share(0, Split(4, 1, 1)), seen),
+        sampler=AugmentSampler(augment, input_size=8, seed=0),
         seed=0,
         buffer=buffer,
         limit=0,
@@ -100,8 +98,8 @@ def test_workers_share_shards_and_places(shards, monkeypatch):
         ids.append({int(i) for batch in batches[-1] for i in batch.ids})
     assert not ids[0] & ids[1] and len(ids[0]) == len(ids[1]) == 20
     for number, batch in enumerate(itertools.chain(*zip(*batches, strict=True))):
-        assert batch.work.number == number
-        np.testing.assert_array_equal(batch.work.positions, 4 * number + np.arange(4))
+        assert batch.plan.number == number
+        np.testing.assert_array_equal(batch.plan.positions, 4 * number + np.arange(4))
 
 
 def test_passes_and_resumed_runs_are_shuffled_anew(shards):
@@ -224,9 +222,9 @@ def test_settings_that_cannot_be_are_refused(shards):
     with pytest.raises(ConfigError, match="5 shards are too few for 6 readers"):
         make(shards, world=3, threads=2)
     for wrong, what in [
-        ({"stream": "s3://x/{shard}"}, "only backend host"),
-        ({"stream": "s3://x", "backend": "host"}, "must hold {shard}"),
-        ({"stream": "{shard}", "backend": "host", "subset": {"fraction": 0.5}}, "subset"),
+        ({"stream": "s3://x/{shard}", "backend": "dali"}, "only backend pil"),
+        ({"stream": "s3://x", "backend": "pil"}, "must hold {shard}"),
+        ({"stream": "{shard}", "backend": "pil", "subset": {"fraction": 0.5}}, "subset"),
     ]:
         with pytest.raises(ConfigError, match=what):
             from_tree(DataConfig, wrong)
@@ -238,7 +236,7 @@ def test_a_run_that_streams_needs_the_manifest_alone(shards, tmp_path):
         "run": {"dir": str(tmp_path)},
         "model": {"name": "l2vit_mini"},
         "schedule": {"global_batch": 4},
-        "data": {"train": str(tmp_path), "backend": "host", "stream": "pipe:cat {shard}"},
+        "data": {"train": str(tmp_path), "backend": "pil", "stream": "pipe:cat {shard}"},
     }
     world = World(0, 1, 0, 1, torch.device("cpu"), "none")
     assert run._load_manifest(from_tree(TrainConfig, tree), world) == shards.manifest

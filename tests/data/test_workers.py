@@ -31,7 +31,7 @@ from l2vit.errors import UserError
     ],
 )
 def test_a_lost_worker_is_told_from_an_error_in_it(error, dead, lost, monkeypatch):
-    monkeypatch.setattr(workers, "_DYING", 0.1)
+    monkeypatch.setattr(workers, "_DEATH_SECONDS", 0.1)
     sentinel, held = multiprocessing.Pipe(duplex=False)
     if dead:
         held.close()
@@ -46,7 +46,7 @@ def test_a_lost_worker_is_told_from_an_error_in_it(error, dead, lost, monkeypatc
             raise error
 
     with pytest.raises(UserError if lost else type(error)) as raised:
-        list(workers._told(Items(), multiprocessing.Pipe()[1]))
+        list(workers._raising_errors(Items(), multiprocessing.Pipe()[1]))
     assert not lost or "was killed" in str(raised.value)
 
 
@@ -65,7 +65,7 @@ class HoldingLocks(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_worker_may_die_with_all_locks_held(count):
-    batches = workers.host_batches(HoldingLocks(), workers=count, prefetch=2, pin=False)
+    batches = workers.WorkerBatches(HoldingLocks(), workers=count, prefetch=2, pin=False)
     with pytest.raises(UserError, match=r"was killed \(.*data.threads"):
         list(batches)
     assert not multiprocessing.active_children()
@@ -83,11 +83,11 @@ def test_only_the_pipe_of_finished_batches_is_large():
     def size(queue):
         return fcntl.fcntl(queue._writer.fileno(), fcntl.F_GETPIPE_SZ)
 
-    batches = workers.host_batches(Numbers(), workers=2, prefetch=2, pin=False)
+    batches = iter(workers.WorkerBatches(Numbers(), workers=2, prefetch=2, pin=False))
     assert next(batches) == 0
     items = batches.gi_frame.f_locals["items"]
     usual = multiprocessing.SimpleQueue()
-    assert size(items._worker_result_queue) == workers._PIPE > size(usual)
+    assert size(items._worker_result_queue) == workers._PIPE_BYTES > size(usual)
     assert [size(queue) for queue in items._index_queues] == [size(usual)] * 2
     batches.close()
 
@@ -109,7 +109,7 @@ class Large(torch.utils.data.Dataset):
 
 def test_workers_may_die_with_many_batches_on_the_way(tmp_path):
     """More than a pipe of the usual size holds: none may be left half written."""
-    batches = workers.host_batches(Large(tmp_path), workers=2, prefetch=16, pin=False)
+    batches = iter(workers.WorkerBatches(Large(tmp_path), workers=2, prefetch=16, pin=False))
     next(batches)
     made = multiprocessing.active_children()
     while len(pids := list(tmp_path.glob("*.pid"))) < 2:

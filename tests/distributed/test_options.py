@@ -51,7 +51,7 @@ def plain_evaluation(weights, directory):
     from small_net import SmallNet
 
     from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
-    from l2vit.data.loaders import eval_loader
+    from l2vit.data.loader import eval_loader
 
     model = SmallNet(num_classes=4)
     model.load_state_dict(weights)

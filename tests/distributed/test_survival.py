@@ -122,9 +122,9 @@ def train_hanging(path, phase):
         "data": (None, ""),
     }[phase]
     if owner is None:
-        from l2vit.data import loaders
+        from l2vit.data import loader
 
-        owner, name = loaders.TrainLoader, "__next__"
+        owner, name = loader.TrainLoader, "__next__"
     original, count = getattr(owner, name), 0
 
     def hanging(self, *args, **kwargs):
@@ -173,10 +173,10 @@ def train_with_a_broken_loader(path):
     """Rank 1 cannot read its third batch."""
     import os
 
-    from l2vit.data import loaders
+    from l2vit.data import loader
     from l2vit.errors import UserError
 
-    original, count = loaders.TrainLoader.__next__, 0
+    original, count = loader.TrainLoader.__next__, 0
 
     def broken(self):
         nonlocal count
@@ -185,7 +185,7 @@ def train_with_a_broken_loader(path):
             raise UserError("shard-000001.tar is gone")
         return original(self)
 
-    loaders.TrainLoader.__next__ = broken
+    loader.TrainLoader.__next__ = broken
     return train(path)
 
 

@@ -10,8 +10,8 @@ from timm.data import mixup as timm_mixup
 
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig
-from l2vit.data.mixing import Mixer
-from l2vit.data.philox import derive_key, uniforms
+from l2vit.data.mixup import Mixer
+from l2vit.data.rng import derive_key, uniforms
 from l2vit.errors import ConfigError
 
 CLASSES = 7
@@ -32,14 +32,14 @@ def test_each_group_is_mixed_as_timm_mixes_a_batch(monkeypatch, group, mixup, cu
     )
     for epoch in range(3):
         batch = make_batch(epoch=epoch)
-        drawn = mixer.draw(epoch, batch.positions, 16, 16)
+        params = mixer.sample(epoch, batch.positions, 16, 16)
         images, targets = mixer(batch)
         assert targets.dtype == torch.float32
         for first in range(0, 12, group):
             timms = timm_mixup.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
-            weight, cut = float(drawn.weights[first]), bool(drawn.cut[first])
+            weight, cut = float(params.weights[first]), bool(params.cut[first])
             monkeypatch.setattr(timms, "_params_per_batch", lambda w=weight, c=cut: (w, c))
-            box = (drawn.boxes[first][[0, 1, 2, 3]].tolist(), weight)
+            box = (params.boxes[first][[0, 1, 2, 3]].tolist(), weight)
             monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", lambda *a, b=box, **k: b)
             part = slice(first, first + group)
             expected = timms(batch.images[part].clone(), batch.labels[part])
@@ -51,24 +51,24 @@ def test_each_group_is_mixed_as_timm_mixes_a_batch(monkeypatch, group, mixup, cu
 def test_draws_like_timm(switch):
     count, side = 6000, 64
     mixer = Mixer(AugmentConfig(mix_switch_prob=switch), num_classes=CLASSES, seed=3)
-    drawn = mixer.draw(0, np.arange(2 * count), side, side)
+    params = mixer.sample(0, np.arange(2 * count), side, side)
     np.random.seed(0)
     timms = timm_mixup.Mixup(0.8, 1.0, switch_prob=switch)
     theirs = [timms._params_per_batch() for _ in range(count)]
-    cut = drawn.cut[::2]
+    cut = params.cut[::2]
     assert stats.binomtest(int(cut.sum()), count, switch).pvalue > 1e-4
     plain = [weight for weight, cutmix in theirs if not cutmix]
-    assert stats.ks_2samp(drawn.weights[::2][~cut], plain).pvalue > 1e-4
+    assert stats.ks_2samp(params.weights[::2][~cut], plain).pvalue > 1e-4
     boxes = [
         timm_mixup.cutmix_bbox_and_lam((3, side, side), weight)
         for weight, cutmix in theirs
         if cutmix
     ]
     for column in range(4):
-        ours = drawn.boxes[::2][cut][:, column]
+        ours = params.boxes[::2][cut][:, column]
         assert stats.ks_2samp(ours, [box[column] for box, _ in boxes]).pvalue > 1e-4
     corrected = [weight for _, weight in boxes]
-    assert stats.ks_2samp(drawn.weights[::2][cut], corrected).pvalue > 1e-4
+    assert stats.ks_2samp(params.weights[::2][cut], corrected).pvalue > 1e-4
 
 
 def test_boxes_are_timms_of_the_same_weight_and_centre(monkeypatch):
@@ -90,7 +90,7 @@ def test_draws_are_a_function_of_seed_epoch_and_group():
 
     def weights(seed, epoch, places=places):
         mixer = Mixer(AugmentConfig(), num_classes=CLASSES, seed=seed)
-        return mixer.draw(epoch, places, 64, 64).weights
+        return mixer.sample(epoch, places, 64, 64).weights
 
     one = weights(1, 0)
     np.testing.assert_array_equal(weights(1, 0, places[50:60]), one[50:60])

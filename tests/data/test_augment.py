@@ -14,9 +14,15 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter
 
+from l2vit.data.augment import (
+    NO_OP,
+    OPS,
+    AugmentSampler,
+    erase_noise,
+    erase_values,
+    fill_colour,
+)
 from l2vit.data.config import AugmentConfig
-from l2vit.data.draws import NO_OP, OPS, Drawer, erase_noise, fill_colour
-from l2vit.data.raw import Erasing
 from l2vit.errors import ConfigError
 
 COUNT = 4000
@@ -24,8 +30,8 @@ CERTAIN = 1e-4  # seeded, so a passing test passes always; a wrong formula gives
 
 
 def draw(size=64, count=COUNT, epoch=0, seed=1, **augment):
-    drawer = Drawer(AugmentConfig(**augment), input_size=size, seed=seed)
-    return drawer, drawer.draw(epoch, np.arange(count))
+    sampler = AugmentSampler(AugmentConfig(**augment), input_size=size, seed=seed)
+    return sampler, sampler.sample(epoch, np.arange(count))
 
 
 def same_distribution(ours, theirs):
@@ -35,8 +41,8 @@ def same_distribution(ours, theirs):
 @pytest.mark.parametrize("scale, ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.5, 0.7), (0.9, 2.0))])
 @pytest.mark.parametrize("width, height", [(500, 375), (60, 400), (400, 60), (9, 9)])
 def test_crop_boxes_like_timm(width, height, scale, ratio):
-    drawer, drawn = draw(scale=scale, ratio=ratio)
-    ours = drawer.boxes(drawn, np.tile([height, width], (COUNT, 1)))
+    sampler, drawn = draw(scale=scale, ratio=ratio)
+    ours = sampler.boxes(drawn, np.tile([height, width], (COUNT, 1)))
     random.seed(0)
     image = Image.new("RGB", (width, height))
     params = RandomResizedCropAndInterpolation.get_params
@@ -48,9 +54,9 @@ def test_crop_boxes_like_timm(width, height, scale, ratio):
 
 
 def test_pictures_of_a_few_pixels_have_a_crop():
-    drawer, drawn = draw()
+    sampler, drawn = draw()
     sizes = np.random.default_rng(0).integers(1, 4, (COUNT, 2))
-    boxes = drawer.boxes(drawn, sizes)
+    boxes = sampler.boxes(drawn, sizes)
     assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
 
 
@@ -112,9 +118,9 @@ def test_erasing_noise_is_normal_and_repeatable():
 
 def test_every_erased_box_has_noise_of_its_own():
     boxes = np.array([[0, 1, 3, 2], [5, 5, 0, 0], [2, 0, 3, 2]])
-    erasing = Erasing.draw(boxes, np.array([4, 5, 6], np.uint64))
+    found = erase_values(boxes, np.array([4, 5, 6], np.uint64))
     expected = [erase_noise(key, 3, 2).reshape(-1, 3) for key in (4, 6)]
-    np.testing.assert_array_equal(erasing.noise.numpy(), np.concatenate(expected))
+    np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 def test_flip_and_jitter_like_torchvision():
@@ -133,9 +139,9 @@ def test_flip_and_jitter_like_torchvision():
 
 
 def test_draws_are_a_function_of_seed_epoch_and_sample():
-    drawer, whole = draw(count=200)
+    sampler, whole = draw(count=200)
     some = np.array([150, 3, 77])
-    part = drawer.draw(0, some)
+    part = sampler.sample(0, some)
     for name in ("crop", "flip", "ops", "arguments", "erase", "noise_keys"):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[some])
     for other in (draw(count=200, epoch=1)[1], draw(count=200, seed=2)[1]):
@@ -186,4 +192,4 @@ def test_fill_is_the_mean_colour_in_bytes():
 )
 def test_unknown_augmentation_is_refused(text, what):
     with pytest.raises(ConfigError, match=what):
-        Drawer(AugmentConfig(auto_augment=text), input_size=64, seed=0)
+        AugmentSampler(AugmentConfig(auto_augment=text), input_size=64, seed=0)

@@ -1,8 +1,7 @@
-"""The operations of RandAugment and colour jitter on a batch of pictures, on its device.
+"""The operations of RandAugment and colour jitter on all pictures of a batch at once, on a GPU.
 
-On the CPU each picture goes through timm's own function. On a GPU the same arithmetic is done on
-all pictures of an operation at once: Pillow's formulas in Pillow's precision (integers, float32
-where it blends, float64 where it interpolates), so the bytes are the same.
+Pillow's formulas in Pillow's precision (integers, float32 where it blends, float64 where it
+interpolates), so the bytes are those of timm's functions on PIL pictures.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 
-from l2vit.data import host_ops
+from l2vit.data.augment import OP_NUMBER, OPS
 from l2vit.data.batch import upload
-from l2vit.data.draws import NO_OP, OP_NUMBER, OPS
 
 _GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 _LUMA = (19595, 38470, 7471)
@@ -31,51 +28,18 @@ def apply_ops(
     fill: tuple[int, int, int],
     interpolation: str,
 ) -> torch.Tensor:
-    """Apply ``ops`` (n, layers; numbers in ``draws.OPS``) with ``arguments`` to each picture.
+    """Apply ``ops`` (n, layers; numbers in ``augment.OPS``) with ``arguments`` to each picture.
 
     Args:
-        pixels: (n, S, S, 3) uint8; may be changed.
+        pixels: (n, S, S, 3) uint8 on any device; changed in place.
         ops: (n, layers) int.
         arguments: (n, layers) float.
         fill: colour left behind by geometric operations.
         interpolation: ``bicubic`` or ``bilinear``, of geometric operations.
 
     Returns:
-        (n, S, S, 3) uint8 on the same device.
+        ``pixels``.
     """
-    if not (ops != NO_OP).any():
-        return pixels
-    carry_out = apply_ops_one_by_one if pixels.device.type == "cpu" else apply_ops_batched
-    return carry_out(pixels, ops, arguments, fill=fill, interpolation=interpolation)
-
-
-def apply_ops_one_by_one(
-    pixels: torch.Tensor,
-    ops: np.ndarray,
-    arguments: np.ndarray,
-    *,
-    fill: tuple[int, int, int],
-    interpolation: str,
-) -> torch.Tensor:
-    """``apply_ops`` in place, by timm's functions on PIL pictures."""
-    for i in np.flatnonzero((ops != NO_OP).any(axis=1)).tolist():
-        picture = Image.fromarray(pixels[i].numpy())
-        picture = host_ops.apply_ops(
-            picture, ops[i], arguments[i], fill=fill, interpolation=interpolation
-        )
-        pixels[i] = torch.from_numpy(np.array(picture))
-    return pixels
-
-
-def apply_ops_batched(
-    pixels: torch.Tensor,
-    ops: np.ndarray,
-    arguments: np.ndarray,
-    *,
-    fill: tuple[int, int, int],
-    interpolation: str,
-) -> torch.Tensor:
-    """``apply_ops`` in place, by tensor operations on all pictures that share an operation."""
     geometric = [OP_NUMBER[name] for name in _GEOMETRIC]
     for layer in range(ops.shape[1]):
         numbers, values = ops[:, layer], arguments[:, layer]
@@ -201,15 +165,15 @@ def _invert(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
 
 def _posterize(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
     kept = 256 - 2 ** (8 - argument.long().clamp(0, 8))
-    return x & _each(kept).to(torch.uint8)
+    return x & _per_picture(kept).to(torch.uint8)
 
 
 def _solarize(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
-    return torch.where(x < _each(argument.long()), x, 255 - x)
+    return torch.where(x < _per_picture(argument.long()), x, 255 - x)
 
 
 def _solarize_add(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
-    added = (x.int() + _each(argument.int())).clamp(max=255).to(torch.uint8)
+    added = (x.int() + _per_picture(argument.int())).clamp(max=255).to(torch.uint8)
     return torch.where(x < 128, added, x)
 
 
@@ -222,7 +186,7 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
 def _blend(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``Image.blend``: from ``base`` towards ``x`` and beyond, in float32, cut to a byte."""
     base = base.int()
-    mixed = base.float() + _each(factor.float()) * (x.int() - base).float()
+    mixed = base.float() + _per_picture(factor.float()) * (x.int() - base).float()
     return mixed.clamp(0, 255).to(torch.uint8)
 
 
@@ -233,7 +197,7 @@ def _color(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
 def _contrast(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
     grey = _grey(x)
     mean = grey.sum((1, 2, 3)).double() / grey[0].numel()
-    return _blend(_each((mean + 0.5).int()), x, argument)
+    return _blend(_per_picture((mean + 0.5).int()), x, argument)
 
 
 def _brightness(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
@@ -250,7 +214,7 @@ def _sharpness(x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
     return _blend(smooth, x, argument)
 
 
-def _each(value: torch.Tensor) -> torch.Tensor:
+def _per_picture(value: torch.Tensor) -> torch.Tensor:
     """(n,) as (n, 1, 1, 1)."""
     return value[:, None, None, None]
 

@@ -16,12 +16,12 @@ from scipy.special import betaincinv
 
 from l2vit.data.batch import Batch, upload
 from l2vit.data.config import AugmentConfig
-from l2vit.data.philox import derive_key, uniforms
+from l2vit.data.rng import derive_key, uniforms
 from l2vit.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixParams:
     """How n samples are mixed with their partners."""
 
     partners: np.ndarray
@@ -56,10 +56,11 @@ class Mixer:
         if not mix or not (self._augment.mixup or self._augment.cutmix):
             return batch.images, targets
         height, width = batch.images.shape[-2:]
-        drawn = self.draw(batch.epoch, batch.positions, height, width)
+        params = self.sample(batch.epoch, batch.positions, height, width)
         device = batch.images.device
-        partners, cut, boxes = (upload(x, device) for x in (drawn.partners, drawn.cut, drawn.boxes))
-        weight = upload(drawn.weights.astype(np.float32), device)[:, None]
+        partners = upload(params.partners, device)
+        cut, boxes = upload(params.cut, device), upload(params.boxes, device)
+        weight = upload(params.weights.astype(np.float32), device)[:, None]
         share = _pixel_weights(weight, cut, boxes, height, width).to(batch.images.dtype)
         images = batch.images * share + batch.images[partners] * (1 - share)
         return images, targets * weight + targets[partners] * (1 - weight)
@@ -70,7 +71,7 @@ class Mixer:
         on = 1.0 - self._augment.label_smoothing + off
         return targets.scatter_(1, labels[:, None], on)
 
-    def draw(self, epoch: int, positions: np.ndarray, height: int, width: int) -> Mixing:
+    def sample(self, epoch: int, positions: np.ndarray, height: int, width: int) -> MixParams:
         """The mixing of the samples at ``positions`` (B,), whole groups of neighbours."""
         size = self._augment.mix_group
         places = np.arange(len(positions))
@@ -83,7 +84,7 @@ class Mixer:
         boxes, corrected = self._boxes(epoch, whole[:, 0] // size, weights, height, width)
         weights = np.where(cut, corrected, weights)
         partners = places - places % size + size - 1 - places % size
-        return Mixing(
+        return MixParams(
             partners,
             np.repeat(weights, size),
             np.repeat(cut, size),

@@ -12,9 +12,8 @@ from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from l2vit.data import host_ops
-from l2vit.data.draws import NO_OP, OPS
-from l2vit.data.pixel_ops import apply_ops_batched, apply_ops_one_by_one
+from l2vit.data import augment_gpu, pil
+from l2vit.data.augment import NO_OP, OPS
 from l2vit.data.shards import BadSample
 
 SIZE = 48
@@ -63,7 +62,7 @@ def arguments_of(name: str, count: int) -> np.ndarray:
 @pytest.mark.parametrize("name", OPS)
 def test_every_operation_gives_timms_bytes(batch, name, interpolation):
     values = arguments_of(name, len(batch))
-    resample = host_ops.RESAMPLING[interpolation]
+    resample = pil.RESAMPLING[interpolation]
     expected = np.empty_like(batch)
     for i, value in enumerate(values.tolist()):
         takes_none = name in ("AutoContrast", "Equalize", "Invert")
@@ -72,7 +71,7 @@ def test_every_operation_gives_timms_bytes(batch, name, interpolation):
         picture = Image.fromarray(batch[i])
         expected[i] = NAME_TO_OP[name](picture, *arguments, fillcolor=FILL, resample=resample)
     ops = np.full((len(batch), 1), OPS.index(name), np.int16)
-    for carry_out in (apply_ops_batched, apply_ops_one_by_one):
+    for carry_out in (augment_gpu.apply_ops, pil.apply_ops):
         pixels = torch.from_numpy(batch.copy())
         found = carry_out(pixels, ops, values[:, None], fill=FILL, interpolation=interpolation)
         np.testing.assert_array_equal(found.numpy(), expected)
@@ -89,7 +88,7 @@ def test_layers_in_order_and_samples_apart(batch):
     )
     found = [
         carry_out(torch.from_numpy(batch.copy()), ops, values, fill=FILL, interpolation="bicubic")
-        for carry_out in (apply_ops_batched, apply_ops_one_by_one)
+        for carry_out in (augment_gpu.apply_ops, pil.apply_ops)
     ]
     assert torch.equal(*found)
     still = (ops == NO_OP).all(1)
@@ -105,7 +104,7 @@ def test_crop_and_resize_like_timm(interpolation):
         picture = photo(i, 200, 150)
         timms.get_params = lambda *_, box=box: box
         expected = np.asarray(timms(Image.fromarray(picture)), int)
-        found = host_ops.crop_resize(picture, np.array(box), 64, interpolation)
+        found = pil.crop_resize(picture, np.array(box), 64, interpolation)
         difference = np.abs(found - expected)
         worst.append((difference.mean(), difference.max()))
     assert max(mean for mean, _ in worst) < 0.02 and max(top for _, top in worst) <= 2, worst
@@ -130,11 +129,11 @@ def test_decoding_is_pillows_but_refuses_damage(mode, options):
         picture.convert(mode).save(stream, "JPEG", **options)
         image = stream.getvalue()
         expected = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
-        np.testing.assert_array_equal(host_ops.decode(image), expected)
+        np.testing.assert_array_equal(pil.decode(image), expected)
     scan = image.index(b"\xff\xda")
     for damaged in (image[: scan + 40], image[: scan + 40] + b"\xff\xd9"):
         with pytest.raises(BadSample, match="cannot be decoded"):
-            host_ops.decode(damaged)
+            pil.decode(damaged)
 
 
 @pytest.mark.gpu
@@ -145,7 +144,7 @@ def test_the_gpu_gives_the_same_bytes(batch):
         values = arguments_of(name, len(batch))[:, None]
         ops = np.full((len(batch), 1), OPS.index(name), np.int16)
         host, device = (
-            apply_ops_batched(
+            augment_gpu.apply_ops(
                 torch.from_numpy(batch.copy()).to(where),
                 ops,
                 values,

@@ -9,30 +9,36 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from l2vit import config
+from l2vit.data.augment import AugmentSampler
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
-from l2vit.data.batch import Batch
+from l2vit.data.batch import Batch, DecodedBatch, EvalPlanner, Normalizer, TrainPlanner
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
-from l2vit.data.dali_loader import DaliBatches
-from l2vit.data.draws import Drawer, fill_colour
-from l2vit.data.feeds import EvalFeeds, TrainFeeds
-from l2vit.data.host_loader import HostEvalSet, HostTrainSet
+from l2vit.data.dali import DaliBatches, EvalSource, Source, TrainSource
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import SampleOrder, Share, Split
-from l2vit.data.pixel_ops import apply_ops
-from l2vit.data.plan import EvalPlan, TrainPlan
-from l2vit.data.raw import Finisher, RawBatch
+from l2vit.data.pil import PilEvalSet, PilTrainSet
 from l2vit.data.shards import ShardReader
 from l2vit.data.subset import subset_ids
-from l2vit.data.workers import host_batches
+from l2vit.data.workers import WorkerBatches
 from l2vit.errors import ConfigError
 
-_PATIENCE = 60.0
-"""Seconds to wait for the batch being made when a loader is closed: a pipe may hang for ever."""
+_CLOSING_SECONDS = 60.0
+"""How long to wait for the batch being made when a loader is closed: a disk may hang for ever."""
+
+
+class Batches(Protocol):
+    """What a backend gives: batches in order, anew with each iteration."""
+
+    def __iter__(self) -> Generator[DecodedBatch, None, None]: ...
+
+    def close(self) -> None:
+        """End what works ahead."""
 
 
 def train_loader(
@@ -51,7 +57,7 @@ def train_loader(
 
     Args:
         data: where and with what to read.
-        augment: what is done to each picture (mixing is ``mixing.Mixer``'s).
+        augment: what is done to each picture (mixing is ``mixup.Mixer``'s).
         manifest: of ``data.train``.
         split: how ranks and micro-batches share the global batch.
         rank: this rank.
@@ -66,91 +72,96 @@ def train_loader(
             iterating, too many unusable samples or a worker process that was killed.
     """
     directory = Path(data.train)
-    subset = subset_ids(data.subset, directory, manifest, seed=seed)
     order = SampleOrder(
         manifest.hash,
         [shard.samples for shard in manifest.shards],
         seed=seed,
         chunk=data.chunk,
         global_batch=split.global_batch,
-        subset=subset,
+        subset=subset_ids(data.subset, directory, manifest, seed=seed),
     )
-    plan = TrainPlan(order, Share(rank, split), images_seen)
-    plan.work(0)  # refuse an impossible images_seen here, not in a worker
-    drawer = Drawer(augment, input_size=data.input_size, seed=seed)
+    planner = TrainPlanner(order, Share(rank, split), images_seen)
+    planner.plan(0)  # refuse an impossible images_seen here, not in a worker
+    sampler = AugmentSampler(augment, input_size=data.input_size, seed=seed)
     reader = ShardReader(directory, manifest)
     log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=directory)
-    if data.backend == "host":
-        dataset: torch.utils.data.Dataset[RawBatch]
+    batches: Batches
+    if data.backend_on(device.type) == "pil":
+        dataset: torch.utils.data.Dataset[DecodedBatch]
+        dataset = PilTrainSet(reader, planner, sampler, log.limit)
         if data.stream:
-            dataset = _stream_set(data, augment, manifest, plan, drawer, seed)
-        else:
-            dataset = HostTrainSet(reader, plan, augment, drawer, data.input_size, log.limit)
-        raw = host_batches(
-            dataset,
-            workers=data.threads,
-            prefetch=data.prefetch,
-            pin=device.type == "cuda",
-        )
+            dataset = _stream_set(data, manifest, planner, sampler, seed)
+        batches = _worker_batches(dataset, data, device)
     else:
-        feeds = TrainFeeds(reader, plan, drawer, data.input_size, log.limit, log, data.prefetch)
-        batches = _dali(
-            feeds, data, device, interpolation=augment.interpolation, batch=split.micro_batch
-        )
-        raw = _augmented(batches, augment)
-    finish = Finisher(mean=augment.mean, std=augment.std, device=device)
-    return TrainLoader(raw, finish, log, order=order, device=device)
+        source = TrainSource(reader, planner, sampler, log, data.prefetch)
+        batches = _dali_batches(source, data, device, batch=split.micro_batch, augment=augment)
+    normalizer = Normalizer(mean=augment.mean, std=augment.std, device=device)
+    return TrainLoader(batches, normalizer, log, order=order, device=device)
 
 
 def _stream_set(
     data: DataConfig,
-    augment: AugmentConfig,
     manifest: Manifest,
-    plan: TrainPlan,
-    drawer: Drawer,
+    planner: TrainPlanner,
+    sampler: AugmentSampler,
     seed: int,
-) -> torch.utils.data.Dataset[RawBatch]:
+) -> torch.utils.data.Dataset[DecodedBatch]:
     from l2vit.data.stream import StreamTrainSet
 
-    readers = plan.share.split.world * max(1, data.threads)
+    world = planner.share.split.world
+    readers = world * max(1, data.threads)
     if readers > len(manifest.shards):
         raise ConfigError(
             f"data.stream: {len(manifest.shards)} shards are too few for {readers} readers"
-            f" ({plan.share.split.world} ranks × {max(1, data.threads)} workers)"
+            f" ({world} ranks × {max(1, data.threads)} workers)"
         )
     return StreamTrainSet(
         url=data.stream,
         directory=Path(data.train),
         manifest=manifest,
-        plan=plan,
-        augment=augment,
-        drawer=drawer,
-        input_size=data.input_size,
+        planner=planner,
+        sampler=sampler,
         seed=seed,
         buffer=data.stream_buffer,
         limit=data.max_bad_samples,
     )
 
 
-def _dali(
-    feeds: TrainFeeds | EvalFeeds,
+def _worker_batches(
+    dataset: torch.utils.data.Dataset[DecodedBatch],
+    data: DataConfig,
+    device: torch.device,
+    count: int | None = None,
+) -> WorkerBatches[DecodedBatch]:
+    return WorkerBatches(
+        dataset,
+        workers=data.threads if count is None else min(data.threads, count),
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
+        count=count,
+    )
+
+
+def _dali_batches(
+    source: Source,
     data: DataConfig,
     device: torch.device,
     *,
-    interpolation: str,
     batch: int,
+    augment: AugmentConfig | None = None,
     count: int | None = None,
 ) -> DaliBatches:
     index = None
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
     return DaliBatches(
-        feeds,
+        source,
         count=count,
         prefetch=data.prefetch,
+        augment=augment,
         batch=batch,
         input_size=data.input_size,
-        interpolation=interpolation,
+        interpolation=augment.interpolation if augment else "bicubic",
         threads=max(1, data.threads),
         gpu=index is not None,
         device_id=index,
@@ -158,27 +169,13 @@ def _dali(
     )
 
 
-def _augmented(batches: DaliBatches, augment: AugmentConfig) -> Generator[RawBatch, None, None]:
-    fill = fill_colour(augment)
-    for feed, pixels in batches:
-        extra = feed.extra
-        pixels = apply_ops(
-            pixels,
-            extra.drawn.ops,
-            extra.drawn.arguments,
-            fill=fill,
-            interpolation=augment.interpolation,
-        )
-        yield RawBatch(feed.work, pixels, feed.ids, feed.labels, extra.erasing)
-
-
 class TrainLoader:
     """Endless iterator over one rank's micro-batches, in order."""
 
     def __init__(
         self,
-        raw: Generator[RawBatch, None, None],
-        finish: Finisher,
+        batches: Batches,
+        normalizer: Normalizer,
         log: BadSampleLog,
         *,
         order: SampleOrder,
@@ -186,23 +183,25 @@ class TrainLoader:
     ) -> None:
         self.order = order
         self._log = log
-        self._batches = _Ahead(self._finished(raw, finish), device)
+        self._prefetcher = _Prefetcher(self._final(iter(batches), normalizer), device)
 
-    def _finished(self, raw: Generator[RawBatch, None, None], finish: Finisher) -> Iterator[Batch]:
-        with contextlib.closing(raw):  # an error's traceback would keep its processes alive
-            for batch in raw:
+    def _final(
+        self, decoded: Generator[DecodedBatch, None, None], normalizer: Normalizer
+    ) -> Iterator[Batch]:
+        with contextlib.closing(decoded):  # an error's traceback would keep its processes alive
+            for batch in decoded:
                 self._log.record(batch.bad, complete=batch.complete)
-                yield finish(batch)
+                yield normalizer(batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        return next(self._prefetcher)
 
     def close(self) -> None:
         """End the threads and processes that work ahead."""
-        self._batches.close()
+        self._prefetcher.close()
 
 
 def eval_loader(
@@ -227,78 +226,34 @@ def eval_loader(
         world: number of ranks.
 
     Raises:
+        ConfigError: a crop or a batch that cannot be.
         UserError: no finished shard directory, or (while iterating) an image that cannot be used:
             an evaluation is exact or fails.
     """
     config.check(dataset)
     config.check(evaluation)
     directory = Path(dataset.data)
-    input_size = dataset.input_size or data.input_size
-    crop_fraction = dataset.crop_fraction or evaluation.crop_fraction
+    size = dataset.input_size or data.input_size
+    crop = dataset.crop_fraction or evaluation.crop_fraction
     manifest = Manifest.load(directory)
-    plan = EvalPlan(manifest.samples, rank, world, evaluation.batch)
-    reader = ShardReader(directory, manifest)
-    log = NoBadSamples(directory)
-    finish = Finisher(mean=augment.mean, std=augment.std, device=device)
-    makers: _HostEval | _DaliEval
-    if data.backend == "host":
-        pictures = HostEvalSet(
+    planner = EvalPlanner(manifest.samples, rank, world, evaluation.batch)
+    reader, log = ShardReader(directory, manifest), NoBadSamples(directory)
+    batches: Batches
+    if data.backend_on(device.type) == "pil":
+        pictures = PilEvalSet(
             reader,
-            plan,
-            input_size=input_size,
-            crop_fraction=crop_fraction,
+            planner,
+            input_size=size,
+            crop_fraction=crop,
             crop_mode=evaluation.crop_mode,
         )
-        pin = device.type == "cuda"
-        makers = _HostEval(pictures, data.threads, data.prefetch, pin, plan.filled)
+        batches = _worker_batches(pictures, data, device, planner.filled)
     else:
-        feeds = EvalFeeds(reader, plan, input_size, crop_fraction, evaluation.crop_mode, log)
-        settings = dataclasses.replace(data, input_size=input_size)
-        makers = _DaliEval(
-            _dali(
-                feeds,
-                settings,
-                device,
-                interpolation="bicubic",
-                batch=evaluation.batch,
-                count=plan.filled,
-            )
-        )
-    return EvalLoader(manifest, plan, makers, finish, log, input_size)
-
-
-class _HostEval:
-    """Raw evaluation batches from worker processes, which live as long as one iteration."""
-
-    def __init__(
-        self, dataset: HostEvalSet, workers: int, prefetch: int, pin: bool, count: int
-    ) -> None:
-        self._dataset, self._count = dataset, count
-        self._workers, self._prefetch, self._pin = workers, prefetch, pin
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        return host_batches(
-            self._dataset,
-            workers=min(self._workers, self._count),
-            prefetch=self._prefetch,
-            pin=self._pin,
-            count=self._count,
-        )
-
-    def close(self) -> None:
-        pass
-
-
-class _DaliEval:
-    def __init__(self, batches: DaliBatches) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        for feed, pixels in self._batches:
-            yield RawBatch(feed.work, pixels, feed.ids, feed.labels)
-
-    def close(self) -> None:
-        self._batches.close()
+        source = EvalSource(reader, planner, size, crop, evaluation.crop_mode, log)
+        sized = dataclasses.replace(data, input_size=size)
+        batches = _dali_batches(source, sized, device, batch=evaluation.batch, count=planner.filled)
+    normalizer = Normalizer(mean=augment.mean, std=augment.std, device=device)
+    return EvalLoader(manifest, planner, batches, normalizer, log, size)
 
 
 class EvalLoader:
@@ -307,38 +262,38 @@ class EvalLoader:
     def __init__(
         self,
         manifest: Manifest,
-        plan: EvalPlan,
-        raw: _HostEval | _DaliEval,
-        finish: Finisher,
+        planner: EvalPlanner,
+        batches: Batches,
+        normalizer: Normalizer,
         log: NoBadSamples,
         input_size: int,
     ) -> None:
         self.manifest = manifest
-        self._plan, self._raw, self._finish, self._log = plan, raw, finish, log
-        self._size = input_size
+        self._planner, self._batches = planner, batches
+        self._normalizer, self._log, self._size = normalizer, log, input_size
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._planner)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._plan.filled:
-            for batch in self._raw:
+        if self._planner.filled:
+            for batch in self._batches:
                 self._log.record(batch.bad, complete=batch.complete)
-                yield self._finish(batch)
-        for number in range(self._plan.filled, len(self._plan)):
-            yield self._finish(self._empty(number))
+                yield self._normalizer(batch)
+        for number in range(self._planner.filled, len(self._planner)):
+            yield self._normalizer(self._empty(number))
 
-    def _empty(self, number: int) -> RawBatch:
+    def _empty(self, number: int) -> DecodedBatch:
         pixels = torch.empty((0, self._size, self._size, 3), dtype=torch.uint8)
         nothing = np.zeros(0, np.int64)
-        return RawBatch(self._plan.work(number), pixels, nothing, nothing)
+        return DecodedBatch(self._planner.plan(number), nothing, nothing, pixels)
 
     def close(self) -> None:
         """End what works ahead."""
-        self._raw.close()
+        self._batches.close()
 
 
-class _Ahead:
+class _Prefetcher:
     """Runs an iterator in a thread, one item ahead.
 
     On a GPU the thread works on a stream of its own, and an item is handed over with the event
@@ -352,12 +307,12 @@ class _Ahead:
         self._ended: BaseException | None = None
         self._queue: queue.Queue[tuple[Batch | BaseException, torch.cuda.Event | None]]
         self._queue = queue.Queue(1)
-        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         # A thread that still computes when the interpreter goes down aborts the process.
         atexit.register(self.close)
         self._thread.start()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
             stream = torch.cuda.Stream(self._cuda) if self._cuda else None
             with torch.cuda.stream(stream):
@@ -397,5 +352,5 @@ class _Ahead:
         atexit.unregister(self.close)
         self._stop.set()
         self._ended = self._ended or RuntimeError("the loader is closed")
-        self._thread.join(_PATIENCE)
+        self._thread.join(_CLOSING_SECONDS)
         self._items = iter(())

@@ -1,4 +1,4 @@
-"""What is done to each picture, drawn on the host: a pure function of (seed, epoch, sample).
+"""What is done to each picture, drawn on the CPU: a pure function of (seed, epoch, sample).
 
 The distributions are timm's (``transforms_imagenet_train`` and ``RandomErasing``); the random
 numbers are not: they come from a counter-based generator, so that any rank, any backend and any
@@ -15,7 +15,7 @@ import numpy as np
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 
 from l2vit.data.config import AugmentConfig
-from l2vit.data.philox import derive_key, uniforms
+from l2vit.data.rng import derive_key, uniforms
 from l2vit.errors import ConfigError
 
 CROP_ATTEMPTS = 10
@@ -96,7 +96,7 @@ _ARGUMENT: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class AugmentParams:
     """The parameters of a batch of n pictures, all but the crop's pixels, which need its size."""
 
     crop: np.ndarray
@@ -113,32 +113,32 @@ class Drawn:
     """(n,) uint64: key of each picture's erasing noise."""
 
 
-class Drawer:
-    """Draws the training augmentation of ``augment`` at ``input_size`` pixels.
+class AugmentSampler:
+    """Draws the augmentation parameters of ``augment`` at ``input_size`` pixels.
 
     Raises:
         ConfigError: a RandAugment string that cannot be followed exactly.
     """
 
     def __init__(self, augment: AugmentConfig, *, input_size: int, seed: int) -> None:
-        self._augment = augment
-        self._size = input_size
+        self.augment = augment
+        self.input_size = input_size
         self._seed = seed
         self._rand = parse_rand_augment(augment)
         self._jitter = augment.color_jitter if self._rand is None else 0.0
 
-    def draw(self, epoch: int, sample_ids: np.ndarray) -> Drawn:
+    def sample(self, epoch: int, sample_ids: np.ndarray) -> AugmentParams:
         """The parameters of samples ``sample_ids`` (n,) in ``epoch``."""
         ids = np.asarray(sample_ids)
         stream = _Stream(ids, self._seed, epoch)
         crop = stream("crop", 4 * CROP_ATTEMPTS).reshape(-1, CROP_ATTEMPTS, 4)
-        flip = stream("flip", 1)[:, 0] < self._augment.hflip
-        ops, arguments = self._draw_ops(stream)
-        erase = self._draw_erase(stream("erase", 1 + 4 * ERASE_ATTEMPTS))
+        flip = stream("flip", 1)[:, 0] < self.augment.hflip
+        ops, arguments = self._sample_ops(stream)
+        erase = self._sample_erase(stream("erase", 1 + 4 * ERASE_ATTEMPTS))
         noise = (stream("noise", 1)[:, 0] * 2.0**53).astype(np.uint64)
-        return Drawn(crop, flip, ops, arguments, erase, noise)
+        return AugmentParams(crop, flip, ops, arguments, erase, noise)
 
-    def _draw_ops(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray]:
+    def _sample_ops(self, stream: _Stream) -> tuple[np.ndarray, np.ndarray]:
         if self._rand is not None:
             return draw_rand_augment(self._rand, stream)
         if self._jitter:
@@ -146,41 +146,41 @@ class Drawer:
         empty = np.zeros((len(stream.ids), 0))
         return empty.astype(np.int16), empty
 
-    def _draw_erase(self, u: np.ndarray) -> np.ndarray:
+    def _sample_erase(self, u: np.ndarray) -> np.ndarray:
         """timm's ``RandomErasing``, one box: the first of ten attempts that fits."""
         attempts = u[:, 1:].reshape(-1, ERASE_ATTEMPTS, 4)
-        area = _between(attempts[..., 0], *ERASE_AREA) * self._size**2
+        area = _between(attempts[..., 0], *ERASE_AREA) * self.input_size**2
         ratio = _log_between(attempts[..., 1], *ERASE_RATIO)
         height = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         width = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (height < self._size) & (width < self._size)
+        fits = (height < self.input_size) & (width < self.input_size)
         row, first = np.arange(len(u)), fits.argmax(axis=1)
         height, width = height[row, first], width[row, first]
-        top = _whole_between(attempts[row, first, 2], self._size - height)
-        left = _whole_between(attempts[row, first, 3], self._size - width)
+        top = _whole_between(attempts[row, first, 2], self.input_size - height)
+        left = _whole_between(attempts[row, first, 3], self.input_size - width)
         # timm skips when its number is above the probability
-        erased = (u[:, 0] < self._augment.erase_prob) & fits.any(axis=1)
+        erased = (u[:, 0] < self.augment.erase_prob) & fits.any(axis=1)
         return np.where(erased[:, None], np.stack([top, left, height, width], axis=1), 0)
 
-    def boxes(self, drawn: Drawn, sizes: np.ndarray) -> np.ndarray:
+    def boxes(self, params: AugmentParams, sizes: np.ndarray) -> np.ndarray:
         """Crop boxes (n, 4: top, left, height, width) of images of ``sizes`` (n, 2: height, width).
 
         timm's ``RandomResizedCropAndInterpolation``: the first of ten attempts that fits, else a
         central crop of the nearest allowed ratio.
         """
-        scale, ratios = self._augment.scale, self._augment.ratio
+        scale, ratios = self.augment.scale, self.augment.ratio
         sizes = np.asarray(sizes, np.int64)
         image_h, image_w = sizes[:, :1], sizes[:, 1:]
-        area = _between(drawn.crop[..., 0], *scale) * (image_h * image_w)
-        ratio = _log_between(drawn.crop[..., 1], *ratios)
+        area = _between(params.crop[..., 0], *scale) * (image_h * image_w)
+        ratio = _log_between(params.crop[..., 1], *ratios)
         # at least a pixel, where timm's crop of a picture of a few pixels is empty and fails
         width = np.maximum(1, np.rint(np.sqrt(area * ratio)).astype(np.int64))
         height = np.maximum(1, np.rint(np.sqrt(area / ratio)).astype(np.int64))
         fits = (width <= image_w) & (height <= image_h)
         row, first = np.arange(len(sizes)), fits.argmax(axis=1)
         height, width = height[row, first], width[row, first]
-        top = _whole_between(drawn.crop[row, first, 2], sizes[:, 0] - height)
-        left = _whole_between(drawn.crop[row, first, 3], sizes[:, 1] - width)
+        top = _whole_between(params.crop[row, first, 2], sizes[:, 0] - height)
+        left = _whole_between(params.crop[row, first, 3], sizes[:, 1] - width)
         box = np.stack([top, left, height, width], axis=1)
         return np.where(fits.any(axis=1)[:, None], box, _central_boxes(sizes, ratios))
 
@@ -284,3 +284,13 @@ def erase_noise(key: int, height: int, width: int) -> np.ndarray:
     """(height, width, 3) float32 standard normal values of one erased box (timm's ``pixel``)."""
     generator = np.random.Generator(np.random.Philox(key=int(key)))
     return generator.standard_normal((height, width, 3), dtype=np.float32)
+
+
+def erase_values(boxes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """(sum of height · width, 3) float32: the new pixels of erased ``boxes`` (n, 4), in order."""
+    patches = [
+        erase_noise(key, height, width).reshape(-1, 3)
+        for key, (_, _, height, width) in zip(keys.tolist(), boxes.tolist(), strict=True)
+        if height
+    ]
+    return np.concatenate(patches) if patches else np.zeros((0, 3), np.float32)
