@@ -149,6 +149,9 @@ class Fp32RetinaHead(RetinaNetHead):
 class ReferenceRetinaNet(RetinaNet):
     """RetinaNet that drops boxes without area before it compares the rest."""
 
+    first_label = 0
+    """Label of the first class."""
+
     def postprocess_detections(
         self,
         head_outputs: dict[str, list[Tensor]],
@@ -209,6 +212,13 @@ class ReferenceRPN(RegionProposalNetwork):
             objectness.flatten()[sampled], is_object[sampled]
         )
         return objectness_loss, box_loss / len(sampled)
+
+
+class ReferenceMaskRCNN(GeneralizedRCNN):
+    """Mask R-CNN of the parts given."""
+
+    first_label = 1
+    """Label of the first class; 0 is the background."""
 
 
 def retinanet(
@@ -274,7 +284,7 @@ def mask_rcnn(
     """
     strides = [*levels.strides, 2 * levels.strides[-1]]
     anchors = FixedStrideAnchors([[8 * stride] for stride in strides], strides)
-    return GeneralizedRCNN(
+    return ReferenceMaskRCNN(
         Pyramid(levels, channels, LastLevelMaxPool()),
         _proposals(anchors, channels),
         _heads(classes + 1, channels, box_width, mask_convs),

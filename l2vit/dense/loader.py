@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from l2vit.data.order import Share
 from l2vit.data.workers import WorkerBatches
@@ -77,6 +78,10 @@ class MicroBatch:
     pictures: list[Tensor]
     targets: list[Any]
 
+    def pin_memory(self) -> MicroBatch:
+        """Into page-locked memory; torch's loader calls it."""
+        return MicroBatch(self.sample_ids, pin_memory(self.pictures), pin_memory(self.targets))
+
 
 @dataclass
 class MicroBatches(torch.utils.data.Dataset[Any]):
@@ -103,16 +108,31 @@ class PictureLoader:
         batches: what is made.
         workers: processes that work ahead; 0 for none.
         prefetch: micro-batches ready ahead in each.
-        pin: page-locked memory, for a GPU.
+        device: where pictures and targets go.
     """
 
-    def __init__(self, batches: MicroBatches, *, workers: int, prefetch: int, pin: bool) -> None:
+    def __init__(
+        self, batches: MicroBatches, *, workers: int, prefetch: int, device: torch.device
+    ) -> None:
         self.order = batches.order
+        self._device = device
+        pin = device.type == "cuda"
         made: Any = WorkerBatches(batches, workers=workers, prefetch=prefetch, pin=pin)
         self._batches = iter(made)
 
     def __next__(self) -> MicroBatch:
-        return next(self._batches)
+        batch: MicroBatch = next(self._batches)
+        pictures, targets = self._moved(batch.pictures), self._moved(batch.targets)
+        return MicroBatch(batch.sample_ids, pictures, targets)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self._device, non_blocking=True)
+        if isinstance(value, list):
+            return [self._moved(each) for each in value]
+        if isinstance(value, dict):
+            return {key: self._moved(each) for key, each in value.items()}
+        return value
 
     def close(self) -> None:
         """End the workers."""

@@ -105,8 +105,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.window_size)
-        x = ops.window_attention(self.qkv(x), self.num_heads, self.window_size)
-        return self.proj(crop(x, height, width))
+        x = self.proj(ops.window_attention(self.qkv(x), self.num_heads, self.window_size))
+        return crop(x, height, width)  # projected first, as the published operations count it
 
 
 class DepthwiseConv(nn.Conv2d):
