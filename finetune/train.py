@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0 when finished, 75 when a signal stopped it after saving.
     """
-    parser = cli.parser("python -m finetune train", "Fine-tune as one rank of a job.")
+    parser = cli.parser(
+        "python -m finetune train", "Fine-tune as one rank of a job.", keys_of=TrainConfig
+    )
     cli.add_config(parser)
     options = cli.parse(parser, argv)
     settings = config.load(TrainConfig, options.config, options.overrides)

@@ -36,20 +36,52 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-def parser(prog: str, description: str = "", *, epilog: str = "") -> Parser:
+def parser(
+    prog: str, description: str = "", *, epilog: str = "", keys_of: type | None = None
+) -> Parser:
     """An empty parser for one program.
 
     Args:
         prog: what people type, such as ``python -m pretrain plan``.
         description: the first lines of ``--help``; line breaks are kept.
         epilog: the last lines of ``--help``.
+        keys_of: the configuration the program reads: ``--help KEY`` and ``--keys`` explain it.
     """
-    return Parser(
+    made = Parser(
         prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=keys_of is None,
     )
+    if keys_of is not None:
+        about: dict[str, Any] = {"action": _Explain, "dest": "explain", "schema": keys_of}
+        made.add_argument(
+            *("-h", "--help"), **about, nargs="?", metavar="KEY", help="this, or a key or section"
+        )
+        made.add_argument("--keys", **about, nargs=0, help="every key of the configuration")
+    return made
+
+
+class _Explain(argparse.Action):
+    """Print the help of a program, of one key or section, or of all keys; then exit."""
+
+    def __init__(self, *args: Any, schema: type, **options: Any) -> None:
+        super().__init__(*args, **{**options, "default": argparse.SUPPRESS})
+        self._schema = schema
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _namespace: Any, value: Any, option: Any = None
+    ) -> None:
+        from l2vit.config import reference
+
+        if option == "--keys":
+            print("\n".join(map(str, reference.keys(self._schema))))
+        elif value:
+            print("\n".join(map(str, reference.find(self._schema, value))))
+        else:
+            parser.print_help()
+        parser.exit()
 
 
 def add_config(to: argparse.ArgumentParser) -> None:

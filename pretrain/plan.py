@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "python -m pretrain plan",
         "Predict steps, memory, time, cost and disk of a run. Needs no GPU and, with --images and\n"
         "--classes, no data.",
+        keys_of=TrainConfig,
     )
     cli.add_config(parser)
     add = parser.add_argument

@@ -153,7 +153,7 @@ def shown(settings: TrainConfig, wanted: int) -> int:
 @cli.program("pretrain preview")
 def main(argv: Sequence[str]) -> None:
     """Write the page the arguments ask for."""
-    parser = cli.parser("python -m pretrain preview", __doc__)
+    parser = cli.parser("python -m pretrain preview", __doc__, keys_of=TrainConfig)
     cli.add_config(parser)
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--images", type=int, default=16, help="pictures to show")

@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
         0 when finished, 75 when a signal stopped it after saving.
     """
     parser = cli.parser(
-        "python -m pretrain train", "Pre-train, or continue to, as one rank of a job."
+        "python -m pretrain train",
+        "Pre-train, or continue to, as one rank of a job.",
+        keys_of=TrainConfig,
     )
     cli.add_config(parser)
     options = cli.parse(parser, argv)

@@ -51,6 +51,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         epilog="Everything else goes to the program: --config FILE and key.sub=value overrides.\n"
         "Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped by a signal after\n"
         "saving (the same command continues).",
+        keys_of=TrainConfig,
     )
     add = parser.add_argument
     nproc = os.environ.get("L2VIT_NPROC") or None

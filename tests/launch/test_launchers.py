@@ -74,7 +74,7 @@ def test_bash_starts_ranks_and_hands_a_signal_to_each(project):
 
 
 def test_a_killed_rank_ends_the_others(project):
-    with started(project, bash(project, "finetune"), "wait") as launcher:
+    with started(project, [*bash(project, "finetune"), "init.source=scratch"], "wait") as launcher:
         wait_for(project, launcher)
         os.kill(seen(project, 1)["pid"], signal.SIGKILL)
         output, _ = launcher.communicate()
