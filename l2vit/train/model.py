@@ -11,11 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from l2vit.data.order import Split, halve, mix_group
+from l2vit.data.order import Split, halve, mix_group, possible
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import DTYPES
+
+LARGEST_TRIED = 512
+"""Images the memory trial starts with at most: a GPU is busy long before, and from 1,024 on
+attention over windows asks for grids that are refused."""
+_LAUNCH_ERRORS = ("AcceleratorError", "OutOfResources")
+_LAUNCH_SIGNS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
 def create(config: TrainConfig, *, classes: int) -> nn.Module:
@@ -99,33 +105,57 @@ def fit_micro_batch(
         ConfigError: even the smallest possible micro-batch does not fit.
     """
     group = mix_group(config.augment)
-    while world.max(float(not _fits(model, config, split, world, classes))) > 0:
+    split = _at_most(LARGEST_TRIED, split, multiple_of=group)
+    while True:
+        failure = _failure(model, config, split, world, classes)
+        if world.max(float(bool(failure))) == 0:
+            return split
+        failure = failure or "another rank"
         smaller = halve(split, multiple_of=group)
         if smaller is None:
             raise ConfigError(
-                f"engine.micro_batch: out of memory even with {split.micro_batch} images; set"
-                " engine.grad_checkpointing=true or engine.zero_stage=3, or use more GPUs"
+                f"engine.micro_batch: out of memory even with {split.micro_batch} images"
+                f" ({failure}); set engine.grad_checkpointing=true or engine.zero_stage=3,"
+                " or use more GPUs"
             )
         if world.main:
             print(
-                f"out of memory with micro-batch {split.micro_batch}: trying"
+                f"out of memory with micro-batch {split.micro_batch} ({failure}): trying"
                 f" {smaller.micro_batch} × accumulation {smaller.accumulation}",
                 flush=True,
             )
         split = smaller
-    return split
 
 
-def _fits(model: nn.Module, config: TrainConfig, split: Split, world: World, classes: int) -> bool:
+def _at_most(images: int, split: Split, *, multiple_of: int) -> Split:
+    """The largest division with no more images in a micro-batch; ``split`` where there is none."""
+    options = possible(split.global_batch, world=split.world, multiple_of=multiple_of)
+    return next((o for o in options if o.micro_batch <= min(images, split.micro_batch)), split)
+
+
+def _failure(
+    model: nn.Module, config: TrainConfig, split: Split, world: World, classes: int
+) -> str:
+    """Why a pass with this micro-batch failed for its size, in a few words; empty if it fits."""
     try:
         _try_pass(model, config, split, world, classes)
-        return True
-    except torch.OutOfMemoryError:
-        return False
+        return ""
+    except Exception as error:
+        if not _is_too_large(error):
+            raise
+        return str(error).strip().splitlines()[0][:120]
     finally:
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether memory, or the largest grid a kernel can have, ran out: what launches raise."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    name, text = type(error).__name__, str(error)
+    return name in _LAUNCH_ERRORS or any(sign in text for sign in _LAUNCH_SIGNS)
 
 
 def _try_pass(
