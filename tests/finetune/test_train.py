@@ -76,7 +76,8 @@ def test_a_run_at_two_sizes_ends_as_the_same_timm_model(tmp_path, shards, same_p
     config.write_text(yaml.safe_dump(RECIPE))
     data = [f"data.train={shards}", f"data.val={shards}"]
     first, second = tmp_path / "first", tmp_path / "second"
-    launch(config, *data, f"run.dir={first}", "engine.zero_stage=3", ranks=2)
+    zero3 = ["engine.zero_stage=3", f"run.dir={first}"]
+    launch(config, *data, *zero3, ranks=2, program="pretrain train")
     larger = ["data.input_size=48", "model.window_size=6", "engine.zero_stage=2"]
     options = ["optim.layer_decay=0.7", "augment.mix_off_epochs=0.2", "eval.crop_mode=squash"]
     (text,) = launch(config, *data, *larger, *options, f"run.dir={second}", f"init.source={first}")
