@@ -43,16 +43,23 @@ def settings(options: argparse.Namespace, world: int, run: str = "") -> Any:
     return config
 
 
+def make_network(config: Any) -> Any:
+    """The configured network with 1,000 classes."""
+    from l2vit.train import model
+
+    return model.from_config(config, classes=1000)
+
+
 def make_engine(options: argparse.Namespace, world: Any) -> Any:
     """An engine and its configuration."""
     from l2vit.data.order import split
-    from l2vit.train import model
     from l2vit.train.engine import Engine
 
     config = settings(options, world.size)
-    network = model.create(config, classes=1000)
+    network = make_network(config)
     shares = split(config.schedule.global_batch, world=world.size)
-    return Engine(network, config, world=world, split=shares)
+    sections = (config.engine, config.optim, config.ema)
+    return Engine(network, *sections, world=world, split=shares)
 
 
 def batch(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:
@@ -116,9 +123,7 @@ def seconds(action: Any, device: Any) -> float:
 
 def measure_overhead(options: argparse.Namespace, world: Any) -> dict[str, float]:
     """Median step of both, in turns, so that a busy machine slows both alike."""
-    from l2vit.train import model
-
-    plain = PlainStep(model.create(settings(options, 1), classes=1000), world.device)
+    plain = PlainStep(make_network(settings(options, 1)), world.device)
     engine = make_engine(options, world)
     images, targets = batch(options, world.device)
     times: dict[str, list[float]] = {"plain": [], "engine": []}
@@ -179,7 +184,7 @@ def worker_resume(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     import l2vit.data.loader
-    import l2vit.train.loop  # noqa: F401
+    import l2vit.train.startup  # noqa: F401
     from l2vit.train import distributed
 
     imported = time.perf_counter()

@@ -31,23 +31,9 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse(parser, argv)
     settings = config.load(TrainConfig, options.config, options.overrides)
     checks.require_first_weights(settings)
-    if cli.is_rank_0():
-        _warn_of_padding(settings)
-    from l2vit.train.loop import train  # after the configuration: its errors need not wait
+    from l2vit.train.startup import train  # after the configuration: its errors need not wait
 
     return train(settings)
-
-
-def _warn_of_padding(settings: TrainConfig) -> None:
-    from l2vit.train.transfer import fitting_windows, padding_warnings
-
-    size = settings.data.input_size
-    warnings = padding_warnings(settings.model.name, size, settings.model.window_size)
-    for line in warnings:
-        cli.tell(f"finetune train: warning: {line}", error=True)
-    if warnings:
-        fitting = ", ".join(map(str, fitting_windows(size))) or "none"
-        cli.tell(f"finetune train: windows without padding at {size}: {fitting}", error=True)
 
 
 if __name__ == "__main__":

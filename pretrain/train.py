@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     cli.add_config(parser)
     options = cli.parse(parser, argv)
     settings = config.load(TrainConfig, options.config, options.overrides)
-    from l2vit.train.loop import train  # after the configuration: its errors need not wait
+    from l2vit.train.startup import train  # after the configuration: its errors need not wait
 
     return train(settings)
 

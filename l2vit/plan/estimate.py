@@ -15,7 +15,8 @@ from l2vit.plan.recorder import Operation
 from l2vit.plan.trace import Trace, trace
 from l2vit.train import model
 from l2vit.train.config import TrainConfig
-from l2vit.train.engine import DTYPES, deepspeed_config
+from l2vit.train.engine import deepspeed_config
+from l2vit.train.model import DTYPES
 from l2vit.train.schedule import Schedule, interval_of
 
 STAGES = (1, 2, 3)
@@ -208,7 +209,7 @@ def _tracer(config: TrainConfig, classes: int) -> Tracer:
 
     def run(images: int, backward: bool) -> Trace:
         return trace(
-            lambda: model.create(config, classes=classes),
+            lambda: model.from_config(config, classes=classes),
             batch=images,
             input_size=config.data.input_size,
             classes=classes,
@@ -244,7 +245,7 @@ def _memory(
     config: TrainConfig, cluster: Cluster, traced: Trace, *, stage: int | None = None
 ) -> Memory:
     split = Split(1, 1, cluster.ranks)
-    settings = deepspeed_config(config, split, parameters=traced.parameters)
+    settings = deepspeed_config(config.engine, config.optim, split, parameters=traced.parameters)
     return memory.per_rank(
         traced.parameters,
         stage=stage or config.engine.zero_stage,

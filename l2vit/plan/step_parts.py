@@ -23,7 +23,8 @@ from l2vit.plan.trace import Trace, trace
 from l2vit.train import model
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
-from l2vit.train.engine import DTYPES, Engine
+from l2vit.train.engine import Engine
+from l2vit.train.model import DTYPES
 
 META = torch.device("meta")
 
@@ -31,7 +32,7 @@ META = torch.device("meta")
 def model_part(config: TrainConfig, *, batch: int, classes: int) -> Trace:
     """Forward and backward pass and loss of one micro-batch, on the meta device."""
     return trace(
-        lambda: model.create(config, classes=classes),
+        lambda: model.from_config(config, classes=classes),
         batch=batch,
         input_size=config.data.input_size,
         classes=classes,
@@ -45,10 +46,17 @@ def engine_part(config: TrainConfig, *, classes: int, world: World) -> Counter[O
     The model's own work is replaced by one operator that gives every weight a gradient. The
     process group is up; the engine's state must fit into memory.
     """
-    whole = model.create(config, classes=classes)
+    whole = model.from_config(config, classes=classes)
     recorder = Recorder()
     with _fused_optimizer():
-        engine = Engine(_OnlyGradients(whole, recorder), config, world=world, split=Split(1, 1, 1))
+        engine = Engine(
+            _OnlyGradients(whole, recorder),
+            config.engine,
+            config.optim,
+            config.ema,
+            world=world,
+            split=Split(1, 1, 1),
+        )
     try:
         for last in (False, True):  # the first step makes what the others use again
             recorder.operations.clear()

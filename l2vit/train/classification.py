@@ -13,11 +13,13 @@ from torch import nn
 
 from l2vit.data.bad_samples import LOG_NAME
 from l2vit.data.batch import Batch
+from l2vit.data.config import AugmentConfig
 from l2vit.data.contact_sheet import to_bytes
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import Split, mix_group
 from l2vit.data.shards import ShardReader
 from l2vit.errors import ConfigError
+from l2vit.models.padding import fitting_windows, padding_warnings
 from l2vit.train import model
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
@@ -25,6 +27,12 @@ from l2vit.train.engine import Engine
 from l2vit.train.evaluation import Evaluator
 from l2vit.train.schedule import steps_of
 from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
+
+
+def mix_off_steps(augment: AugmentConfig, *, steps_per_epoch: int) -> int:
+    """How many of the run's last steps neither mixup nor cutmix takes part in."""
+    text = f"{augment.mix_off_epochs} epochs"
+    return steps_of(text, "augment.mix_off_epochs", steps_per_epoch, global_batch=1)
 
 
 class Classification:
@@ -51,11 +59,15 @@ class Classification:
             where=config.data.train,
         )
         self.batch_multiple = mix_group(config.augment)
+        self.exact_order = not config.data.stream
         self._mix_off_steps = 0
 
     def network(self) -> nn.Module:
-        """The timm model that ``model`` describes."""
-        return model.create(self._config, classes=len(self.data.classes))
+        """The timm model that ``model`` describes; refuses sizes it cannot be evaluated at."""
+        config, size = self._config, self._config.data.input_size
+        network = model.from_config(config, classes=len(self.data.classes))
+        model.check_evaluation_sizes(network, config.eval, name=config.model.name, input_size=size)
+        return network
 
     def initialise(self, network: nn.Module) -> Report | None:
         """Load ``init.source``, the classifier's rows by class identifier."""
@@ -74,6 +86,18 @@ class Classification:
             return 6 * count_macs(network, self._config.data.input_size)
         except (RuntimeError, NotImplementedError):  # the meta device cannot run the model
             return math.nan
+
+    def warnings(self, network: nn.Module) -> list[str]:
+        """Windows that do not divide the feature maps of the training resolution."""
+        size = self._config.data.input_size
+        try:
+            warnings = padding_warnings(network, size)
+            if warnings and hasattr(network, "set_input_size"):
+                fitting = ", ".join(map(str, fitting_windows(network, size))) or "none"
+                warnings.append(f"windows without padding at {size}: {fitting}")
+        except (RuntimeError, NotImplementedError):  # the meta device cannot run the model
+            return []
+        return warnings
 
     def trial_loss(self, network: nn.Module, images: int, device: torch.device) -> torch.Tensor:
         """Cross-entropy of black images against uniform targets."""
@@ -102,11 +126,8 @@ class Classification:
         self._mixer = Mixer(
             config.augment, num_classes=len(self.data.classes), seed=config.run.seed
         )
-        self._mix_off_steps = steps_of(
-            f"{config.augment.mix_off_epochs} epochs",
-            "augment.mix_off_epochs",
-            loader.order.steps_per_epoch,
-            config.schedule.global_batch,
+        self._mix_off_steps = mix_off_steps(
+            config.augment, steps_per_epoch=loader.order.steps_per_epoch
         )
         return loader
 
@@ -124,7 +145,10 @@ class Classification:
 
     def evaluator(self, world: World, beat: Callable[[], None]) -> Evaluator:
         """``data.val`` and the sets of ``eval.extra``."""
-        return Evaluator(self._config, self._manifest, world=world, beat=beat)
+        config = self._config
+        return Evaluator(
+            config.data, config.eval, config.augment, self.data.classes, world=world, beat=beat
+        )
 
     def pictures(self, images: torch.Tensor) -> np.ndarray:
         """The images with the normalisation undone."""

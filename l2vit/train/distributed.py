@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,51 @@ from l2vit.errors import ConfigError, UserError
 from l2vit.train import rendezvous
 
 _DEFAULT_PORT = "29533"
+
+
+class PendingSum:
+    """A sum over the ranks under way; nothing waits for it until it is read."""
+
+    def __init__(self, summed: torch.Tensor, own: torch.Tensor, work: Any) -> None:
+        self._values = torch.cat([torch.zeros_like(summed), own])
+        self._summed, self._work = summed, work
+        self._copied: torch.cuda.Event | None = None
+        if summed.is_cuda:
+            self._copy_aside()
+
+    def _copy_aside(self) -> None:
+        """Copy to the host on a stream of its own: the training stream must not wait for it."""
+        device = self._values.device
+        aside = _side_stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            self._values[: len(self._summed)] = self._summed
+            for tensor in (self._values, self._summed):
+                tensor.record_stream(aside)
+            host = torch.empty(self._values.shape, dtype=self._values.dtype, pin_memory=True)
+            host.copy_(self._values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(aside)
+        self._values = host
+
+    def read(self) -> list[float]:
+        """The sums, then this rank's own values; waits until they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        else:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            self._values[: len(self._summed)] = self._summed
+        return self._values.tolist()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -45,6 +91,18 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
+
+    def sum_later(self, values: torch.Tensor, own: torch.Tensor) -> PendingSum:
+        """Begin to sum 1-D float64 ``values`` on ``device`` over the ranks, without waiting.
+
+        Args:
+            values: overwritten by the sum.
+            own: 1-D float64, only carried along: values of this rank.
+        """
+        if self.size == 1:
+            return PendingSum(values, own, None)
+        group = None if values.is_cuda else self.control
+        return PendingSum(values, own, dist.all_reduce(values, group=group, async_op=True))
 
     def max(self, value: float) -> float:
         """Largest of the ranks' values."""

@@ -22,13 +22,13 @@ from torch import nn
 from l2vit.data.order import Split
 from l2vit.errors import ConfigError
 from l2vit.train import zero
-from l2vit.train.config import TrainConfig
+from l2vit.train.config import EmaConfig, EngineConfig, OptimConfig
 from l2vit.train.distributed import World
 from l2vit.train.ema import Ema
+from l2vit.train.model import DTYPES
 from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
 from l2vit.train.zero import MOMENTS, Reader, ZeroShard
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NEVER = 1 << 62
 _LARGEST_BUCKET = 500_000_000
 
@@ -39,11 +39,13 @@ class StepOutcome:
 
     applied: bool
     """False: some rank's loss or gradient was not finite, and no rank changed its weights."""
-    grad_norm: float
-    """Global L2 norm of the gradient before clipping; inf where it was not finite."""
+    grad_norm: torch.Tensor
+    """Scalar on the device: global L2 norm of the gradient before clipping; inf if not finite."""
 
 
-def deepspeed_config(config: TrainConfig, split: Split, *, parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    engine: EngineConfig, optim: OptimConfig, split: Split, *, parameters: int
+) -> dict[str, Any]:
     """The DeepSpeed dictionary of a run of a model with so many trainable parameters.
 
     The fp32 accumulation and communication dtypes are what makes every stage follow the plain
@@ -52,16 +54,16 @@ def deepspeed_config(config: TrainConfig, split: Split, *, parameters: int) -> d
     500 M elements (1 to 2 GB), so it is given no more than the model can fill.
     """
     zero: dict[str, Any] = {
-        "stage": config.engine.zero_stage,
+        "stage": engine.zero_stage,
         "reduce_bucket_size": min(parameters, _LARGEST_BUCKET),
     }
-    if config.engine.zero_stage == 3:
+    if engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it computes the weight gradient differently
     settings: dict[str, Any] = {
         "train_batch_size": split.global_batch,
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": split.accumulation,
-        "gradient_clipping": config.optim.clip_grad,
+        "gradient_clipping": optim.clip_grad,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
@@ -70,8 +72,8 @@ def deepspeed_config(config: TrainConfig, split: Split, *, parameters: int) -> d
         # Else every micro-batch waits twice for the GPU; we time steps ourselves.
         "timers": {"throughput": {"enabled": False}},
     }
-    if config.engine.precision != "fp32":
-        settings[config.engine.precision] = {"enabled": True}
+    if engine.precision != "fp32":
+        settings[engine.precision] = {"enabled": True}
     return settings
 
 
@@ -79,24 +81,31 @@ class Engine:
     """A model under DeepSpeed: forward, backward, step, and its state by parameter name."""
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, *, world: World, split: Split
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        ema: EmaConfig,
+        *,
+        world: World,
+        split: Split,
     ) -> None:
         """Partition ``model`` (fp32, on any device) over the ranks.
 
         Args:
             model: holds the initial weights, the same on every rank; cast and moved in place.
-            config: engine, optim and ema are read.
+            engine: precision, ZeRO stage, compilation.
+            optim: AdamW's settings; rates are set at each step.
+            ema: decay of the moving average.
             world: this rank's place; the process group is up.
             split: micro-batch and accumulation.
         """
         self.world, self.split = world, split
-        self.dtype = DTYPES[config.engine.precision]
-        self._channels_last = config.engine.channels_last
+        self.dtype = DTYPES[engine.precision]
+        self._channels_last = engine.channels_last
         masters = {name: p.detach().cpu().float().clone() for name, p in model.named_parameters()}
-        self.groups = param_groups(
-            model, layer_decay=config.optim.layer_decay, decay=config.optim.decay
-        )
-        self._deepspeed = _initialize(model, config, split, self.groups, world)
+        self.groups = param_groups(model, layer_decay=optim.layer_decay, decay=optim.decay)
+        self._deepspeed = _initialize(model, engine, optim, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
         self._flats = zero.flat_masters(self._zero)
         self._states = list(zero.moments(self._zero.optimizer, self._flats))
@@ -104,9 +113,9 @@ class Engine:
         # DeepSpeed made its masters from weights already rounded to bf16.
         self._fill(self._flats, "param", _from_tensors(masters))
         self.ema: Ema | None = None
-        if config.ema.decay:
-            self.ema = Ema([*self._flats, *self._float_buffers().values()], config.ema.decay)
-        if config.engine.compile:
+        if ema.decay:
+            self.ema = Ema([*self._flats, *self._float_buffers().values()], ema.decay)
+        if engine.compile:
             self._deepspeed.compile()
 
     @property
@@ -119,14 +128,19 @@ class Engine:
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
         return images.to(self.world.device, self.dtype, memory_format=layout)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes), fp32, of a training micro-batch (B, 3, H, W)."""
-        return self._deepspeed(self.prepare(images)).float()
+    def forward(self, images: torch.Tensor, *others: Any) -> Any:
+        """The network's output for a training micro-batch; a tensor comes back as fp32.
+
+        Args:
+            images: (B, 3, H, W); cast and moved.
+            others: further arguments of the network, such as targets; passed on as they are.
+        """
+        return _in_fp32(self._deepspeed(self.prepare(images), *others))
 
     @torch.no_grad()
-    def infer(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes), fp32, in evaluation; the module must be in eval mode."""
-        return self.module(self.prepare(images)).float()
+    def infer(self, images: torch.Tensor, *others: Any) -> Any:
+        """Like ``forward`` in evaluation; the module must be in eval mode."""
+        return _in_fp32(self.module(self.prepare(images), *others))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss.
@@ -148,8 +162,8 @@ class Engine:
         applied = not self._zero.overflow
         if applied and self.ema is not None:
             self.ema.update()
-        norm = self._zero._global_grad_norm
-        return StepOutcome(applied, float(norm) if applied else float("inf"))
+        norm = self._zero._global_grad_norm if applied else float("inf")
+        return StepOutcome(applied, _on_device(norm, self.world.device))
 
     # -- state by name
 
@@ -296,6 +310,17 @@ class Engine:
             buffer.copy_(values[name])
 
 
+def _in_fp32(output: Any) -> Any:
+    return output.float() if isinstance(output, torch.Tensor) else output
+
+
+def _on_device(value: Any, device: torch.device) -> torch.Tensor:
+    """A number or tensor as a scalar on ``device``; a number gets there without a copy."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(()).to(device)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
 def _numel(parameter: nn.Parameter) -> int:
     return torch.Size(zero.full_shape(parameter)).numel()
 
@@ -323,7 +348,12 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> Reader:
 
 
 def _initialize(
-    model: nn.Module, config: TrainConfig, split: Split, groups: list[Any], world: World
+    model: nn.Module,
+    settings: EngineConfig,
+    optim: OptimConfig,
+    split: Split,
+    groups: list[Any],
+    world: World,
 ) -> Any:
     """Wrap ``model``; DeepSpeed's engine."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -331,7 +361,7 @@ def _initialize(
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     accelerator = deepspeed.accelerator.get_accelerator()
-    if config.engine.precision == "fp16" and not accelerator.is_fp16_supported():
+    if settings.precision == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(
             f"engine.precision: DeepSpeed has no fp16 on {world.device.type}; use bf16 or fp32"
         )
@@ -342,10 +372,10 @@ def _initialize(
     model.to(world.device)
     make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     optimizer = make(
-        optimizer_groups(groups, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
+        optimizer_groups(groups, optim.weight_decay),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
         fused=True if world.device.type == "cuda" else None,
     )
     gc.freeze()  # DeepSpeed collects garbage six times, a second in all if everything is looked at
@@ -353,7 +383,9 @@ def _initialize(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, split, parameters=sum(g.numel for g in groups)),
+            config=deepspeed_config(
+                settings, optim, split, parameters=sum(g.numel for g in groups)
+            ),
             dist_init_required=False,
         )
     gc.unfreeze()

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from l2vit.data.batch import Batch
-from l2vit.data.config import EvalSetConfig
-from l2vit.data.manifest import Manifest
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig
 from l2vit.errors import ConfigError
-from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
 
@@ -103,19 +101,43 @@ class Evaluator:
 
     def __init__(
         self,
-        config: TrainConfig,
-        manifest: Manifest,
+        data: DataConfig,
+        evaluation: EvalConfig,
+        augment: AugmentConfig,
+        classes: tuple[str, ...],
         *,
         world: World,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the sets; ``beat`` is called before each batch, as often on every rank."""
+        """Open the sets.
+
+        Args:
+            data: ``val`` and what reads it.
+            evaluation: crops, batch and further sets.
+            augment: mean and standard deviation of the channels.
+            classes: identifiers of the network's outputs, in order.
+            world: this rank's place.
+            beat: called before each batch, as often on every rank.
+        """
+        from l2vit.data.loader import eval_loader
+
         self._world, self._beat = world, beat
         self._sets: list[_Set] = []
-        if config.data.val:
-            self._add(config, manifest, "val", EvalSetConfig(config.data.val))
-        for name, extra in config.eval.extra.items():
-            self._add(config, manifest, name, extra)
+        named = {"val": EvalSetConfig(data.val)} if data.val else {}
+        for name, dataset in {**named, **evaluation.extra}.items():
+            loader = eval_loader(
+                dataset,
+                data,
+                evaluation,
+                augment,
+                rank=world.rank,
+                world=world.size,
+                device=world.device,
+            )
+            columns = class_columns(classes, loader.manifest.classes, name)
+            if columns is not None:
+                columns = columns.to(world.device)
+            self._sets.append(_Set(name, loader, columns))
 
     def run(self, engine: Engine) -> dict[str, float]:
         """Measure every set with the raw weights and, where there is one, with the average.
@@ -163,25 +185,6 @@ class Evaluator:
             return forward(images)
 
         return beating
-
-    def _add(
-        self, config: TrainConfig, manifest: Manifest, name: str, dataset: EvalSetConfig
-    ) -> None:
-        from l2vit.data.loader import eval_loader
-
-        loader = eval_loader(
-            dataset,
-            config.data,
-            config.eval,
-            config.augment,
-            rank=self._world.rank,
-            world=self._world.size,
-            device=self._world.device,
-        )
-        columns = class_columns(manifest.classes, loader.manifest.classes, name)
-        if columns is not None:
-            columns = columns.to(self._world.device)
-        self._sets.append(_Set(name, loader, columns))
 
 
 def class_columns(

@@ -8,21 +8,19 @@ import signal
 import statistics
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from l2vit.data.config import AugmentConfig
-from l2vit.data.contact_sheet import contact_sheet, to_bytes
+from l2vit.data.contact_sheet import contact_sheet
 from l2vit.errors import UserError
 from l2vit.train.config import FaultsConfig
 from l2vit.train.distributed import World
 from l2vit.train.state import TrainState
+from l2vit.train.step import StepResult
 
 STOPPED = 75
 """Exit status of a run that saved and stopped because of a signal: run it again (EX_TEMPFAIL)."""
@@ -58,30 +56,15 @@ class StopSignal:
         self._before.clear()
 
 
-@dataclass
-class MicroBatch:
-    """What is remembered of a micro-batch until its step is judged."""
-
-    loss: torch.Tensor
-    """Scalar, on the device."""
-    sample_ids: np.ndarray
-    images: torch.Tensor | None = None
-    """Kept only where spikes are looked for."""
-
-
 def record_nonfinite(
-    run: Path,
-    world: World,
-    state: TrainState,
-    micro: list[MicroBatch],
-    key_of: Callable[[int], str],
+    run: Path, world: World, result: StepResult, keys_of: Callable[[list[int]], list[str]]
 ) -> None:
     """Write the step's samples that gave a non-finite loss, of all ranks, to nonfinite.jsonl.
 
     Where every loss was finite and only the gradient was not, all samples of the step are
     written: any of them may be the cause.
     """
-    own = [(float(m.loss), m.sample_ids.tolist()) for m in micro]
+    own = [(float(micro.loss), micro.sample_ids.tolist()) for micro in result.micro_batches]
     everywhere = world.gather(own)
     if not world.main:
         return
@@ -91,22 +74,23 @@ def record_nonfinite(
             for loss, ids in losses:
                 if not math.isfinite(loss) or not any(bad):
                     line = {
-                        "step": state.step,
+                        "step": result.step,
                         "rank": rank,
                         "loss": str(loss),
                         "sample_ids": ids,
-                        "keys": [key_of(sample) for sample in ids],
+                        "keys": keys_of(ids),
                     }
                     stream.write(json.dumps(line) + "\n")
 
 
 def count_skipped(
-    state: TrainState, *, applied: bool, scaling: bool, limit: int, run: Path
+    state: TrainState, *, step: int, applied: bool, scaling: bool, limit: int, run: Path
 ) -> None:
     """Count a step; stop a run whose steps are skipped again and again.
 
     Args:
         state: its counters are brought up to date.
+        step: the step's number, for the message.
         applied: whether the step changed the weights.
         scaling: the loss was finite and only fp16's loss scale was too high: not a fault.
         limit: how many steps in a row may be skipped.
@@ -124,7 +108,7 @@ def count_skipped(
     if state.skipped_in_row > limit:
         raise UserError(
             f"{state.skipped_in_row} steps in a row were skipped for a non-finite loss or gradient"
-            f" (step {state.step}; faults.max_nonfinite={limit}); the samples are in"
+            f" (step {step}; faults.max_nonfinite={limit}); the samples are in"
             f" {run / NONFINITE}; try a lower optim.lr or engine.precision=fp32"
         )
 
@@ -141,27 +125,30 @@ def is_spike(loss: float, state: TrainState, config: FaultsConfig) -> bool:
     return False
 
 
-def save_spike(
-    run: Path, world: World, state: TrainState, micro: list[MicroBatch], augment: AugmentConfig
-) -> Path:
+def save_spike(run: Path, world: World, result: StepResult, images: np.ndarray) -> Path:
     """Write the contact sheet and the sample ids of the step whose loss jumped.
+
+    Args:
+        run: the run directory.
+        world: this rank's place; every rank calls this.
+        result: the step.
+        images: (N, H, W, 3) uint8, this rank's.
 
     Returns:
         The picture's path: ``spikes/step-NNNNNNNN.png``, the ids beside it as ``.json``.
     """
     share = max(1, _SHEET_IMAGES // world.size)
-    images = torch.cat([m.images for m in micro if m.images is not None])[:share]
-    pixels = to_bytes(images, augment.mean, augment.std)
-    ids = [m.sample_ids.tolist() for m in micro]
-    gathered = world.gather((pixels, ids))
-    path = run / SPIKES / f"step-{state.step:08d}.png"
+    gathered = world.gather(
+        (images[:share], [micro.sample_ids.tolist() for micro in result.micro_batches])
+    )
+    path = run / SPIKES / f"step-{result.step:08d}.png"
     if world.main:
         path.parent.mkdir(exist_ok=True)
         sheet = contact_sheet(np.concatenate([part for part, _ in gathered]))
         Image.fromarray(sheet).save(path)
         listed = {
-            "step": state.step,
-            "images_seen": state.images_seen,
+            "step": result.step,
+            "images_seen": result.images_seen,
             "sample_ids_by_rank": [part for _, part in gathered],
         }
         path.with_suffix(".json").write_text(json.dumps(listed) + "\n")

@@ -92,6 +92,13 @@ class Metrics:
             self._pictured = True
             self._draw("add_image", "train/pictures", make(), step, dataformats="HWC")
 
+    def sync(self) -> None:
+        """Put the records on the disk: a checkpoint must not outlive the records it covers."""
+        if self._stream is not None:
+            with self._patience():
+                self._write()
+                os.fsync(self._stream.fileno())
+
     def rewind(self, step: int) -> None:
         """Take out the records after ``step``: the run goes back to it."""
         if self._stream is not None:

@@ -1,21 +1,26 @@
-"""Making the model of a run, and finding a micro-batch that fits into memory."""
+"""Making the network of a run, and finding a micro-batch that fits into memory."""
 
 from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from l2vit.data.order import Split, halve, mix_group, possible
+from l2vit.data.config import EvalConfig
+from l2vit.data.order import Split, halve, possible
 from l2vit.errors import ConfigError
-from l2vit.train.config import TrainConfig
+from l2vit.train.config import EngineConfig, ModelConfig, TrainConfig
 from l2vit.train.distributed import World
-from l2vit.train.engine import DTYPES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+TrialLoss = Callable[[nn.Module, int, torch.device], torch.Tensor]
+"""(network, images, device) -> the loss of a made-up micro-batch."""
 
 LARGEST_TRIED = 512
 """Images the memory trial starts with at most: a GPU is busy long before, and from 1,024 on
@@ -24,8 +29,26 @@ _LAUNCH_ERRORS = ("AcceleratorError", "OutOfResources")
 _LAUNCH_SIGNS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
-def create(config: TrainConfig, *, classes: int) -> nn.Module:
-    """The run's model with fresh weights, the same for the same ``run.seed``.
+def from_config(config: TrainConfig, *, classes: int) -> nn.Module:
+    """The network of a run, see `create`."""
+    return create(
+        config.model,
+        classes=classes,
+        input_size=config.data.input_size,
+        seed=config.run.seed,
+        grad_checkpointing=config.engine.grad_checkpointing,
+    )
+
+
+def create(
+    model: ModelConfig,
+    *,
+    classes: int,
+    input_size: int,
+    seed: int,
+    grad_checkpointing: bool = False,
+) -> nn.Module:
+    """A timm model with fresh weights, the same for the same ``seed``.
 
     ``window_size`` and ``img_size`` are passed to models that take them.
 
@@ -34,84 +57,122 @@ def create(config: TrainConfig, *, classes: int) -> nn.Module:
     """
     import l2vit  # noqa: F401  registers our models with timm
 
-    settings = config.model
-    if settings.name not in timm.list_models():
-        close = timm.list_models(f"*{settings.name.split('_')[0]}*")[:5]
+    if model.name not in timm.list_models():
+        close = timm.list_models(f"*{model.name.split('_')[0]}*")[:5]
         hint = f"; similar: {', '.join(close)}" if close else ""
-        raise ConfigError(f"model.name: timm knows no {settings.name!r}{hint}")
-    arguments: dict[str, Any] = {
-        "num_classes": classes,
-        "drop_path_rate": settings.drop_path_rate,
-        "window_size": settings.window_size,
-        "img_size": config.data.input_size,
-        **settings.args,
-    }
-    optional = [name for name in ("window_size", "img_size") if name not in settings.args]
+        raise ConfigError(f"model.name: timm knows no {model.name!r}{hint}")
+    given = {"num_classes": classes, "drop_path_rate": model.drop_path_rate, **model.args}
+    optional = {"window_size": model.window_size, "img_size": input_size}
+    try:
+        network, _ = build_with_accepted(model.name, given, optional, seed=seed)
+    except TypeError as error:
+        raise ConfigError(f"model.args: {model.name}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"model: {model.name} cannot be built so: {error}") from None
+    if grad_checkpointing:
+        _checkpoint_gradients(network, model.name)
+    return network
+
+
+def build_with_accepted(
+    name: str, given: Mapping[str, Any], optional: Mapping[str, Any], *, seed: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a timm model, leaving out those of the ``optional`` arguments that it does not take.
+
+    Args:
+        name: the model's name.
+        given: arguments it must take; they come before optional ones of the same name.
+        optional: arguments it may take.
+        seed: of the weights.
+
+    Returns:
+        The model and the arguments it was built with.
+
+    Raises:
+        TypeError: it does not take one that is given.
+    """
+    arguments = {**optional, **given}
     while True:
-        torch.manual_seed(config.run.seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         try:
-            model = timm.create_model(settings.name, **arguments)
-            break
+            return timm.create_model(name, **arguments), arguments
         except TypeError as error:
-            refused = next((name for name in optional if f"'{name}'" in str(error)), None)
+            left = (key for key in arguments if key in optional and key not in given)
+            refused = next((key for key in left if f"'{key}'" in str(error)), None)
             if refused is None:
-                raise ConfigError(f"model.args: {settings.name}: {error}") from None
-            optional.remove(refused)
+                raise
             del arguments[refused]
-        except ValueError as error:
-            raise ConfigError(f"model: {settings.name} cannot be built so: {error}") from None
-    if config.engine.grad_checkpointing:
-        _checkpoint_gradients(model, settings.name)
-    _try_evaluation_sizes(model, config)
-    return model
 
 
-def _try_evaluation_sizes(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse now, not at the first evaluation, a size that a model of fixed size cannot take."""
-    for name, extra in config.eval.extra.items():
-        if extra.input_size in (0, config.data.input_size):
+def check_evaluation_sizes(
+    network: nn.Module, evaluation: EvalConfig, *, name: str, input_size: int
+) -> None:
+    """Refuse now, not at the first evaluation, a size that a model of fixed size cannot take.
+
+    Raises:
+        ConfigError: names the evaluation set.
+    """
+    for label, extra in evaluation.extra.items():
+        if extra.input_size in (0, input_size):
             continue
-        shapes_only = copy.deepcopy(model).to("meta").eval()
+        shapes_only = copy.deepcopy(network).to("meta").eval()
         try:
             shapes_only(torch.empty(1, 3, extra.input_size, extra.input_size, device="meta"))
         except (ValueError, AssertionError) as error:  # what models raise for their input's size
             raise ConfigError(
-                f"eval.extra.{name}.input_size: {config.model.name} built for"
-                f" {config.data.input_size} pixels cannot take {extra.input_size}: {error}"
+                f"eval.extra.{label}.input_size: {name} built for {input_size} pixels cannot take"
+                f" {extra.input_size}: {error}"
             ) from None
 
 
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+def _checkpoint_gradients(network: nn.Module, name: str) -> None:
     try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError):
         raise ConfigError(f"engine.grad_checkpointing: {name} cannot; set it to false") from None
 
 
 def probes_memory(world: World) -> bool:
-    """Whether running out of memory can be tried: without a GPU the system kills the process."""
+    """True where running out of memory is an error; without a GPU the system kills the process."""
     return world.device.type == "cuda"
 
 
 def fit_micro_batch(
-    model: nn.Module, config: TrainConfig, split: Split, *, world: World, classes: int
+    network: nn.Module,
+    trial_loss: TrialLoss,
+    split: Split,
+    *,
+    world: World,
+    engine: EngineConfig,
+    averages: bool,
+    multiple_of: int,
 ) -> Split:
     """Halve the micro-batch until one forward and backward pass fits, on every rank.
 
-    The pass runs on a copy of the model, beside as much memory as the engine's fp32 state will
+    The pass runs on a copy of the network, beside as much memory as the engine's fp32 state will
     take, and without any communication, so that ranks cannot wait for one that ran out.
+
+    Args:
+        network: stays as it is.
+        trial_loss: computes the loss of so many images (``Task.trial_loss``).
+        split: to begin with.
+        world: this rank's place.
+        engine: precision and ZeRO stage decide how much memory is taken.
+        averages: the run keeps a moving average.
+        multiple_of: what must divide the micro-batch.
 
     Raises:
         ConfigError: even the smallest possible micro-batch does not fit.
     """
-    group = mix_group(config.augment)
-    split = _at_most(LARGEST_TRIED, split, multiple_of=group)
+    trial = _Trial(network, trial_loss, engine, averages, world)
+    split = _at_most(LARGEST_TRIED, split, multiple_of=multiple_of)
     while True:
-        failure = _failure(model, config, split, world, classes)
+        failure = trial.failure(split.micro_batch)
         if world.max(float(bool(failure))) == 0:
             return split
         failure = failure or "another rank"
-        smaller = halve(split, multiple_of=group)
+        smaller = halve(split, multiple_of=multiple_of)
         if smaller is None:
             raise ConfigError(
                 f"engine.micro_batch: out of memory even with {split.micro_batch} images"
@@ -133,49 +194,56 @@ def _at_most(images: int, split: Split, *, multiple_of: int) -> Split:
     return next((o for o in options if o.micro_batch <= min(images, split.micro_batch)), split)
 
 
-def _failure(
-    model: nn.Module, config: TrainConfig, split: Split, world: World, classes: int
-) -> str:
-    """Why a pass with this micro-batch failed for its size, in a few words; empty if it fits."""
-    try:
-        _try_pass(model, config, split, world, classes)
-        return ""
-    except Exception as error:
-        if not _is_too_large(error):
-            raise
-        return str(error).strip().splitlines()[0][:120]
-    finally:
-        gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+class _Trial:
+    """Tries passes on copies of a network, in the memory that training will leave."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        trial_loss: TrialLoss,
+        engine: EngineConfig,
+        averages: bool,
+        world: World,
+    ) -> None:
+        self._network, self._loss, self._device = network, trial_loss, world.device
+        self._dtype = DTYPES[engine.precision]
+        self._held = _state_bytes(network, engine, averages, world.size)
+
+    def failure(self, images: int) -> str:
+        """Why a pass with so many images failed for its size; empty if it fits."""
+        try:
+            self._pass(images)
+            return ""
+        except Exception as error:
+            if not _is_too_large(error):
+                raise
+            return str(error).strip().splitlines()[0][:120]
+        finally:
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _pass(self, images: int) -> None:
+        """One forward and backward pass on a copy; what it holds is free again on return."""
+        state = torch.empty(self._held, dtype=torch.uint8, device=self._device)
+        twin = copy.deepcopy(self._network).to(self._device).train()
+        for parameter in twin.parameters():  # buffers stay fp32, as in the engine
+            parameter.data = parameter.data.to(self._dtype)
+        self._loss(twin, images, self._device).backward()
+        del state
 
 
 def _is_too_large(error: Exception) -> bool:
-    """Whether memory, or the largest grid a kernel can have, ran out: what launches raise."""
+    """True if memory, or the largest grid a kernel can have, ran out: what launches raise."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     name, text = type(error).__name__, str(error)
     return name in _LAUNCH_ERRORS or any(sign in text for sign in _LAUNCH_SIGNS)
 
 
-def _try_pass(
-    model: nn.Module, config: TrainConfig, split: Split, world: World, classes: int
-) -> None:
-    """One forward and backward pass on a copy; what it holds is free again on return."""
-    dtype, size, device = DTYPES[config.engine.precision], config.data.input_size, world.device
-    state = torch.empty(_state_bytes(model, config, world.size), dtype=torch.uint8, device=device)
-    twin = copy.deepcopy(model).to(device).train()
-    for parameter in twin.parameters():  # buffers stay fp32, as in the engine
-        parameter.data = parameter.data.to(dtype)
-    images = torch.zeros(split.micro_batch, 3, size, size, dtype=dtype, device=device)
-    logits = twin(images.contiguous(memory_format=torch.channels_last)).float()
-    F.cross_entropy(logits, torch.full_like(logits, 1 / classes)).backward()
-    del state
-
-
-def _state_bytes(model: nn.Module, config: TrainConfig, world: int) -> int:
+def _state_bytes(network: nn.Module, engine: EngineConfig, averages: bool, world: int) -> int:
     """Bytes of the engine's fp32 state on one rank: masters, moments, average, gradients."""
-    parameters = sum(p.numel() for p in model.parameters())
-    kinds = 3 + bool(config.ema.decay)
-    gradients = parameters if config.engine.zero_stage == 1 else parameters // world
+    parameters = sum(p.numel() for p in network.parameters())
+    kinds = 3 + averages
+    gradients = parameters if engine.zero_stage == 1 else parameters // world
     return 4 * (kinds * parameters // world + gradients)

@@ -1,9 +1,9 @@
 """Saving without stopping: copy to host memory, write in the background, commit together.
 
 Every rank writes its own part in a thread of its own. No thread takes part in a collective: at
-each step boundary the ranks exchange a few numbers anyway (``poll``), and when all have written,
-rank 0 commits the checkpoint. A save that fails, say for a full disk, is told and counted;
-training goes on until too many failed in a row.
+each step the ranks exchange a few numbers anyway (``poll``), and when all have written, rank 0
+commits the checkpoint. A save that fails, for example because the disk is full, is reported and
+counted; training goes on until too many failed in a row.
 """
 
 from __future__ import annotations
@@ -80,20 +80,20 @@ class Saver:
         save.stalled = time.monotonic() - began
 
     @property
-    def written(self) -> float:
-        """1 if this rank waits for the others to have written, else 0: goes into ``poll``."""
-        return float(self._save is not None and self._save.over)
+    def written(self) -> bool:
+        """True if this rank has written its part of the save under way."""
+        return self._save is not None and self._save.over
 
-    def poll(self, written_everywhere: float) -> None:
+    def poll(self, ranks_written: int) -> None:
         """Commit the save under way if all ranks have written; every rank calls it alike.
 
         Args:
-            written_everywhere: the sum over ranks of ``written``.
+            ranks_written: how many ranks' ``written`` is true.
 
         Raises:
             UserError: too many saves failed in a row.
         """
-        if self._save is not None and written_everywhere == self.world.size:
+        if self._save is not None and ranks_written == self.world.size:
             self._commit(self._save)
             self._save = None
 
@@ -103,7 +103,7 @@ class Saver:
             return
         if self._save.thread is not None:
             self._save.thread.join()
-        self.poll(self.world.sum([self.written])[0])
+        self.poll(round(self.world.sum([self.written])[0]))
 
     def _copy(self, engine: Engine) -> list[tuple[TensorSlice, torch.Tensor]]:
         """This rank's tensors on the host; rank 0 takes the buffers, equal on all ranks."""
@@ -124,7 +124,7 @@ class Saver:
         try:
             save.directory.mkdir(parents=True, exist_ok=True)
             save.part = checkpoint.write_part(save.directory / name, pieces)
-        except Exception as error:  # nobody would hear of it: a save that never ends is never told
+        except Exception as error:  # otherwise the thread dies and the failure goes unreported
             kind = "" if isinstance(error, OSError | UserError) else f"{type(error).__name__}: "
             save.problem = f"rank {self.world.rank}: {kind}{error}"
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from l2vit.config.values import Duration
+from l2vit.data.config import EvalConfig
 from l2vit.errors import ConfigError
-from l2vit.train.config import OptimConfig, ScheduleConfig
+from l2vit.train.config import CheckpointConfig, OptimConfig, ScheduleConfig
 
 
 def steps_of(text: str, key: str, steps_per_epoch: int, global_batch: int) -> int:
@@ -23,6 +24,35 @@ def interval_of(text: str, key: str, steps_per_epoch: int, global_batch: int) ->
     if not text:
         return 0
     return max(1, steps_of(text, key, steps_per_epoch, global_batch))
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between things that recur; 0 means never."""
+
+    evaluate: int
+    save: int
+    keep: int
+
+    @classmethod
+    def build(
+        cls,
+        schedule: ScheduleConfig,
+        evaluation: EvalConfig,
+        checkpoint: CheckpointConfig,
+        *,
+        steps_per_epoch: int,
+    ) -> Intervals:
+        """From the durations of the configuration."""
+
+        def steps(text: str, key: str) -> int:
+            return interval_of(text, key, steps_per_epoch, schedule.global_batch)
+
+        return cls(
+            evaluate=steps(evaluation.every, "eval.every"),
+            save=steps(checkpoint.every, "checkpoint.every"),
+            keep=steps(checkpoint.keep_every, "checkpoint.keep_every"),
+        )
 
 
 @dataclass(frozen=True)

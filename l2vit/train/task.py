@@ -116,6 +116,8 @@ class Task(Protocol[Targets]):
     data: TrainingData
     batch_multiple: int
     """What must divide a micro-batch: samples that belong together must not span ranks."""
+    exact_order: bool
+    """False where samples stream in: then an epoch is not each sample once."""
     headline: str
     """The end of the evaluation figures, higher is better, that choose ``checkpoints/best``."""
 
@@ -127,6 +129,9 @@ class Task(Protocol[Targets]):
 
     def flops_per_image(self, network: nn.Module) -> float:
         """Of forward and backward together; NaN where they cannot be counted."""
+
+    def warnings(self, network: nn.Module) -> list[str]:
+        """What people should know before this network is trained; may be empty."""
 
     def trial_loss(self, network: nn.Module, images: int, device: torch.device) -> torch.Tensor:
         """Loss of a made-up micro-batch as costly as any: does the step fit into memory?

@@ -53,7 +53,7 @@ class PhaseClock:
         self.seconds: dict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._place = Place(0, "setup", 0)
-        self._since = time.monotonic()
+        self._since = self._lap = time.monotonic()
         self.step = 0
 
     @contextlib.contextmanager
@@ -64,6 +64,11 @@ class PhaseClock:
             yield
         finally:
             self.seconds[phase] += time.monotonic() - began
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the clock was made."""
+        before, self._lap = self._lap, time.monotonic()
+        return self._lap - before
 
     def beat(self) -> None:
         """Tell of progress within the phase: one that takes long, as an evaluation may, is no hang.
@@ -100,7 +105,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 @dataclass
-class Pace:
+class Throughput:
     """Turns a phase clock into images a second, percentages and the time left."""
 
     clock: PhaseClock

@@ -32,7 +32,6 @@ from l2vit.train.weights import (
 
 Fate = Literal["loaded", "resized", "sliced", "initialised", "left out"]
 _REPORT = "transfer_report"
-_STAGES = 4
 
 
 @dataclass(frozen=True)
@@ -256,36 +255,3 @@ def _name_classes(
     if len(missing) != 1 or len(names) != len(classes):
         return sentence
     return f"{sentence}; initialised: {missing[0]} ({names[list(classes).index(missing[0])]})"
-
-
-def padding_warnings(model: str, input_size: int, window_size: int) -> list[str]:
-    """One line for each stage whose grid the window does not divide; empty where all is well.
-
-    Padding takes part in the softmax of window attention (the released weights were trained with
-    it), so padded positions dilute attention at the right and bottom edges.
-
-    Args:
-        model: registry name; only L2ViT has window attention at every stage.
-        input_size: height and width of the input in pixels.
-        window_size: of the local window attention.
-    """
-    if not model.startswith(("l2vit", "enhanced_swin")):
-        return []
-    warnings = []
-    grid = -(-input_size // 4)  # the stem and each down-sampling round up
-    for stage in range(1, _STAGES + 1):
-        padded = -(-grid // window_size) * window_size
-        if padded != grid:
-            share = 100 * (1 - grid**2 / padded**2)
-            warnings.append(
-                f"window {window_size} does not divide stage {stage}'s {grid}x{grid} grid at input"
-                f" {input_size}: padded to {padded}x{padded}, {share:.0f}% of the positions in"
-                " window attention are padding, which costs accuracy"
-            )
-        grid = -(-grid // 2)
-    return warnings
-
-
-def fitting_windows(input_size: int) -> list[int]:
-    """Windows up to 16 that need no padding at this input size, largest last."""
-    return [w for w in range(2, 17) if not padding_warnings("l2vit", input_size, w)]

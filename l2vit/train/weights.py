@@ -26,7 +26,7 @@ from l2vit.errors import UserError
 from l2vit.models import convert
 from l2vit.models.families.resize import resize_tables
 from l2vit.models.families.variants import VARIANTS
-from l2vit.train import checkpoint
+from l2vit.train import checkpoint, model
 
 TIMM_CONFIG = "config.json"
 TIMM_WEIGHTS = "model.safetensors"
@@ -198,22 +198,17 @@ def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> PretrainedWeig
     )
 
 
-def _accepted(model: Mapping[str, Any], input_size: int) -> dict[str, Any]:
+def _accepted(recorded: Mapping[str, Any], input_size: int) -> dict[str, Any]:
     """Constructor arguments of a recorded run; as there, without what its model does not take."""
-    optional = {"window_size": model["window_size"], "img_size": input_size}
-    while True:
-        arguments = {**optional, **model["args"]}
-        try:
-            with torch.device("meta"):
-                timm.create_model(model["name"], num_classes=1, **arguments)
-            return arguments
-        except TypeError as error:
-            refused = next((name for name in optional if f"'{name}'" in str(error)), None)
-            if refused is None:
-                raise UserError(f"model {model['name']}: {error}") from None
-            del optional[refused]
-        except RuntimeError as error:  # timm: unknown model
-            raise UserError(f"model {model['name']}: {error}") from None
+    optional = {"window_size": recorded["window_size"], "img_size": input_size}
+    name = recorded["name"]
+    try:
+        with torch.device("meta"):
+            given = {"num_classes": 1, **recorded["args"]}
+            _, arguments = model.build_with_accepted(name, given, optional)
+    except (TypeError, RuntimeError) as error:  # timm raises RuntimeError for an unknown model
+        raise UserError(f"model {name}: {error}") from None
+    return {key: value for key, value in arguments.items() if key != "num_classes"}
 
 
 def read_timm(path: Path) -> PretrainedWeights:

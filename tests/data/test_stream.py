@@ -22,9 +22,8 @@ from l2vit.data.loader import train_loader
 from l2vit.data.order import SampleOrder, Share, Split
 from l2vit.data.stream import StreamTrainSet, address
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import run
+from l2vit.train.classification import Classification
 from l2vit.train.config import TrainConfig
-from l2vit.train.distributed import World
 
 ORDER = {"seed": 0, "chunk": 4, "global_batch": 4}
 
@@ -238,11 +237,11 @@ def test_a_run_that_streams_needs_the_manifest_alone(shards, tmp_path):
         "schedule": {"global_batch": 4},
         "data": {"train": str(tmp_path), "backend": "pil", "stream": "pipe:cat {shard}"},
     }
-    world = World(0, 1, 0, 1, torch.device("cpu"), "none")
-    assert run._load_manifest(from_tree(TrainConfig, tree), world) == shards.manifest
+    task = Classification(from_tree(TrainConfig, tree))
+    assert task.data.manifest_hash == shards.manifest.hash
     del tree["data"]["stream"]
     with pytest.raises(UserError, match="missing shard file"):
-        run._load_manifest(from_tree(TrainConfig, tree), world)
+        Classification(from_tree(TrainConfig, tree))
 
 
 def test_addresses():

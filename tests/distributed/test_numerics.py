@@ -111,7 +111,8 @@ def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.
     config.ema.decay, config.optim.clip_grad = DECAY, clip
     size = GLOBAL_BATCH // (world.size * accumulation)
     parts = split(GLOBAL_BATCH, world=world.size, micro_batch=size)
-    engine = Engine(network(norm), config, world=world, split=parts)
+    sections = (config.engine, config.optim, config.ema)
+    engine = Engine(network(norm), *sections, world=world, split=parts)
     losses, norms = [], []
     for step in range(STEPS):
         images, labels = data(step)
@@ -127,7 +128,7 @@ def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.
         outcome = engine.step(lr=rate(step), weight_decay=0.05)
         assert outcome.applied
         losses.append(world.sum([total])[0] / world.size)
-        norms.append(outcome.grad_norm)
+        norms.append(float(outcome.grad_norm))
     found = assemble(world, engine)
     engine.average_buffers()
     buffers = {name: buffer.clone() for name, buffer in engine.buffers().items()}

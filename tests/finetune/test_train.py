@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from finetune import evaluate, export_timm, train
 from l2vit.config import load
 from l2vit.train import checkpoint
-from l2vit.train import run as training_run
+from l2vit.train.classification import mix_off_steps
 from l2vit.train.config import TrainConfig
 from l2vit.train.param_groups import param_groups
 from l2vit.train.schedule import Schedule
@@ -154,7 +154,7 @@ def test_mixup_may_end_early(off, expected):
     config = load(TrainConfig, path, [f"augment.mix_off_epochs={off}"])
     steps = 1_281_167 // 1024
     schedule = Schedule.build(config.schedule, config.optim, steps_per_epoch=steps)
-    assert training_run._mix_until(config, schedule, steps) == expected
+    assert schedule.total - mix_off_steps(config.augment, steps_per_epoch=steps) == expected
 
 
 @pytest.mark.parametrize(

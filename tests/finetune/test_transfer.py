@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo
 
 from l2vit.errors import UserError
 from l2vit.train.config import InitConfig
-from l2vit.train.transfer import fitting_windows, load_initial, padding_warnings
+from l2vit.train.transfer import load_initial
 
 WNID_22K = tuple(ImageNetInfo("imagenet-22k").label_names())
 WNID_1K = tuple(ImageNetInfo("imagenet-1k").label_names())
@@ -83,17 +83,6 @@ def test_the_recipes_sizes_need_no_padding_anywhere(size, window, monkeypatch):
         network.set_input_size(window_size=window + 1)
         network(torch.empty(1, 3, size, size))
     assert any(any(amounts) for amounts in padded)  # it would have been seen
-    assert padding_warnings("l2vit_base", size, window) == []
-
-
-def test_padding_is_warned_of_with_its_share():
-    lines = padding_warnings("l2vit_base", 384, 7)
-    assert len(lines) == 4  # 96, 48, 24, 12 become 98, 49, 28, 14
-    assert "stage 1's 96x96" in lines[0] and "98x98" in lines[0]
-    assert "27%" in lines[3] and pytest.approx(0.265, abs=1e-3) == 1 - 144 / 196
-    assert padding_warnings("l2vit_base", 256, 8) == []
-    assert fitting_windows(224) == [7] and 12 in fitting_windows(384)
-    assert padding_warnings("inline_swin_tiny", 384, 7) == []
 
 
 def test_22k_head_to_1k_keeps_999_rows_and_says_which_it_lacks(tmp_path):

@@ -42,7 +42,9 @@ def measure(world, stage: int) -> int:
     model = timm.create_model("l2vit_mini", num_classes=10)
     parameters = sum(p.numel() for p in model.parameters())
     shared = split(8, world=world.size, micro_batch=2)
-    engine = Engine(model, config.from_tree(TrainConfig, tree), world=world, split=shared)
+    settings = config.from_tree(TrainConfig, tree)
+    sections = (settings.engine, settings.optim, settings.ema)
+    engine = Engine(model, *sections, world=world, split=shared)
     if stage > 1:
         assert engine._zero.reduce_bucket_size == parameters, "the bucket is not the model's size"
     engine.backward(engine.forward(torch.randn(2, 3, 32, 32)).logsumexp(1).mean())

@@ -7,7 +7,7 @@ import pytest
 from l2vit.config import dump
 from l2vit.errors import ConfigError
 from l2vit.train.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig
-from l2vit.train.resume import changed_settings
+from l2vit.train.run_dir import changed_settings
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from l2vit import config
 from l2vit.data.order import split
 from l2vit.errors import ConfigError
 from l2vit.train import model
-from l2vit.train.config import TrainConfig
+from l2vit.train.config import EngineConfig
 
 
 class World:
@@ -22,44 +21,33 @@ class World:
         return max(value, self.others)
 
 
-def settings(batch):
-    return config.from_tree(
-        TrainConfig,
-        {
-            "run": {"dir": "unused"},
-            "model": {"name": "l2vit_mini"},
-            "schedule": {"global_batch": batch},
-            "augment": {"mix_group": 4},
-        },
-    )
-
-
-def search(monkeypatch, *, batch, largest, error, world=None):
+def search(*, batch, largest, error, world=None):
     """Micro-batches tried, and the one that was found."""
     tried = []
 
-    def attempt(network, given, shares, *_):
-        tried.append(shares.micro_batch)
-        if shares.micro_batch > largest:
+    def loss(network, images, device):
+        tried.append(images)
+        if images > largest:
             raise error
+        return network(torch.ones(1, 1)).sum()
 
-    monkeypatch.setattr(model, "_try_pass", attempt)
-    given = settings(batch)
     found = model.fit_micro_batch(
         torch.nn.Linear(1, 1),
-        given,
+        loss,
         split(batch, world=2, multiple_of=4),
         world=world or World(),
-        classes=10,
+        engine=EngineConfig(precision="fp32"),
+        averages=False,
+        multiple_of=4,
     )
     return tried, found
 
 
-def test_starts_at_512_images_however_many_a_rank_has(monkeypatch):
-    tried, found = search(monkeypatch, batch=8192, largest=200, error=torch.OutOfMemoryError("o"))
+def test_starts_at_512_images_however_many_a_rank_has():
+    tried, found = search(batch=8192, largest=200, error=torch.OutOfMemoryError("o"))
     assert tried == [512, 256, 128]
     assert (found.micro_batch, found.accumulation, found.global_batch) == (128, 32, 8192)
-    tried, found = search(monkeypatch, batch=256, largest=200, error=None)
+    tried, found = search(batch=256, largest=200, error=None)
     assert tried == [128]
 
 
@@ -72,23 +60,23 @@ def test_starts_at_512_images_however_many_a_rank_has(monkeypatch):
         type("OutOfResources", (Exception,), {})("out of resource: shared memory"),
     ],
 )
-def test_a_refused_launch_counts_as_too_large(monkeypatch, error, capsys):
-    _, found = search(monkeypatch, batch=512, largest=100, error=error)
+def test_a_refused_launch_counts_as_too_large(error, capsys):
+    _, found = search(batch=512, largest=100, error=error)
     assert found.micro_batch == 64
     assert str(error) in capsys.readouterr().out
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
+def test_another_error_is_not_taken_for_a_lack_of_memory():
     wrong = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes cannot"):
-        search(monkeypatch, batch=512, largest=0, error=wrong)
+        search(batch=512, largest=0, error=wrong)
 
 
-def test_nothing_fits(monkeypatch):
+def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"even with 4 images \(no room\)"):
-        search(monkeypatch, batch=512, largest=0, error=torch.OutOfMemoryError("no room"))
+        search(batch=512, largest=0, error=torch.OutOfMemoryError("no room"))
 
 
-def test_all_ranks_go_down_with_the_one_that_failed(monkeypatch):
+def test_all_ranks_go_down_with_the_one_that_failed():
     with pytest.raises(ConfigError, match="another rank"):
-        search(monkeypatch, batch=512, largest=512, error=None, world=World(others=1.0))
+        search(batch=512, largest=512, error=None, world=World(others=1.0))

@@ -64,10 +64,10 @@ def test_a_network_that_cannot_be_built_is_a_configuration_error():
     config = TrainConfig(RunConfig("unused"), ModelConfig("flatten_swin_mini"), ScheduleConfig(1))
     config.data.input_size = 256
     with pytest.raises(ConfigError, match="window of 7 does not divide the grid"):
-        model.create(config, classes=10)
+        model.from_config(config, classes=10)
     config.model.args = {"attention": "quadratic"}
     with pytest.raises(ConfigError, match="unknown attention 'quadratic'; known: softmax"):
-        model.create(config, classes=10)
+        model.from_config(config, classes=10)
 
 
 @pytest.mark.parametrize("name", ["inline_swin_mini", "vit_tiny_patch16_224", "l2vit_mini"])
@@ -75,11 +75,12 @@ def test_an_evaluation_size_is_tried_before_training(name):
     config = TrainConfig(RunConfig("unused"), ModelConfig(name), ScheduleConfig(1))
     config.data.input_size = 64
     config.eval.extra = {"large": EvalSetConfig("somewhere", input_size=96)}
+    network = model.from_config(config, classes=10)
     if name == "l2vit_mini":  # takes any size
-        model.create(config, classes=10)
+        model.check_evaluation_sizes(network, config.eval, name=name, input_size=64)
         return
     with pytest.raises(ConfigError, match=r"eval\.extra\.large\.input_size: .* cannot take 96"):
-        model.create(config, classes=10)
+        model.check_evaluation_sizes(network, config.eval, name=name, input_size=64)
 
 
 def test_an_evaluation_set_with_some_of_the_classes():
@@ -159,7 +160,7 @@ def test_the_end_tells_of_replaced_samples(tmp_path, capsys):
 
 def test_skipped_steps_are_counted_in_a_row(tmp_path):
     state = TrainState()
-    options = {"limit": 2, "run": tmp_path}
+    options = {"limit": 2, "run": tmp_path, "step": 7}
     for applied, in_row in ((False, 1), (False, 2), (True, 0), (False, 1)):
         guards.count_skipped(state, applied=applied, scaling=False, **options)
         assert state.skipped_in_row == in_row
@@ -235,7 +236,8 @@ def test_each_batch_of_an_evaluation_is_progress():
     network = SimpleNamespace(eval=lambda: None, train=lambda: None)
     engine = SimpleNamespace(infer=infer, ema=None, module=network, average_buffers=lambda: None)
     config = TrainConfig(RunConfig("r"), ModelConfig("m"), ScheduleConfig(8))
-    evaluator = Evaluator(config, None, world=ALONE, beat=clock.beat)
+    sections = (config.data, config.eval, config.augment)
+    evaluator = Evaluator(*sections, (), world=ALONE, beat=clock.beat)
     evaluator._sets = [_Set("val", [batch(5), batch(4, 5), batch(0, 9)], None)]
     with clock("evaluate"):
         evaluator.run(engine)

@@ -1,0 +1,301 @@
+"""Start-up of a run: join the other ranks, choose the weights, build the trainer's parts.
+
+Where the first weights come from, in this order: the run directory's own newest sound
+checkpoint, ``run.resume``, ``init.source``, scratch. So the same command always continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from l2vit.data.order import Split, split
+from l2vit.errors import ConfigError, UserError
+from l2vit.train import (
+    checkpoint,
+    distributed,
+    model,
+    param_groups,
+    preflight,
+    report,
+    run_dir,
+    tasks,
+    throughput,
+)
+from l2vit.train.checkpoint import Reader
+from l2vit.train.config import TrainConfig
+from l2vit.train.denominators import Denominators
+from l2vit.train.distributed import World
+from l2vit.train.engine import Engine
+from l2vit.train.guards import StopSignal
+from l2vit.train.metrics import Metrics
+from l2vit.train.saver import Saver
+from l2vit.train.schedule import Intervals, Schedule
+from l2vit.train.state import TrainState
+from l2vit.train.task import Order, Task
+from l2vit.train.throughput import PhaseClock, Throughput
+from l2vit.train.trainer import Trainer
+from l2vit.train.watchdog import Watchdog
+from l2vit.train.zero import full_shape
+
+T = TypeVar("T")
+
+
+def train(config: TrainConfig) -> int:
+    """Carry out the run that ``config`` describes, or continue it.
+
+    Every rank calls this. The process group is started and left here.
+
+    Returns:
+        Exit status: 0 when the run is finished, ``guards.STOPPED`` (75) when a signal stopped it
+        after saving: run the same command again.
+
+    Raises:
+        UserError: what a user can mend; the run directory keeps its last checkpoint.
+    """
+    with open_trainer(config) as trainer:
+        if trainer is None:
+            if distributed.from_environment().main:
+                print(f"{config.run.dir} is finished already", flush=True)
+            return 0
+        world = trainer.world
+        try:
+            status = trainer.train()
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise UserError(
+                f"rank {world.rank} lost another rank in step {trainer.clock.step}"
+                f" ({str(error).splitlines()[0]}); the same command continues the run"
+            ) from error
+        report.finish(trainer.directory, trainer.metrics, main=world.main, done=status == 0)
+        return status
+
+
+@contextlib.contextmanager
+def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
+    """Join the other ranks and build the trainer; None if the run is finished already.
+
+    Raises:
+        UserError: what a user can mend, the same on every rank or naming the rank.
+    """
+    stop = StopSignal()
+    world = distributed.start(
+        distributed.from_environment(),
+        timeout_seconds=max(1800.0, 4 * config.faults.hang_seconds),
+        run=config.run.dir,
+    )
+    with contextlib.ExitStack() as ending:  # each is closed even if the one before it fails
+        ending.callback(distributed.stop)
+        ending.callback(stop.close)
+        directory = run_dir.prepare(config, world)
+        preflight.quick(config, world)
+        if run_dir.finished(directory, run_dir.length_of(config.schedule)):
+            yield None
+            return
+        clock = PhaseClock()
+        trainer = _build(config, world, stop, clock)
+        watchdog = Watchdog(clock, world=world, limit=config.faults.hang_seconds)
+        parts = (trainer.engine, trainer.loader, trainer.evaluator, trainer.metrics, watchdog)
+        for part in parts:
+            ending.callback(part.close)
+        yield trainer
+
+
+def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseClock) -> Trainer:
+    directory = Path(config.run.dir)
+    task = _on_all_ranks(world, lambda: tasks.kind(config.task).make(config))
+    reader = _to_continue(config, task, world)
+    state = TrainState.from_dict(reader.meta.state) if reader else TrainState(seed=config.run.seed)
+    network = task.network()
+    flops = task.flops_per_image(network)
+    shares = _split(config, task, network, world)
+    if reader is not None:
+        _require_same_model(reader, network)
+    else:
+        _initialise(task, network, directory, world)
+    loader = task.loader(shares, world, images_seen=state.images_seen, directory=directory)
+    per_epoch = loader.order.steps_per_epoch
+    schedule = Schedule.build(config.schedule, config.optim, steps_per_epoch=per_epoch)
+    every = Intervals.build(
+        config.schedule, config.eval, config.checkpoint, steps_per_epoch=per_epoch
+    )
+    evaluator = task.evaluator(world, clock.beat)
+    warnings = task.warnings(network) if world.main else []
+    engine = Engine(network, config.engine, config.optim, config.ema, world=world, split=shares)
+    peak = throughput.peak_tflops(config.log, world.device) * 1e12 * world.size
+    trainer = Trainer(
+        config=config,
+        world=world,
+        task=task,
+        loader=loader,
+        engine=engine,
+        schedule=schedule,
+        every=every,
+        evaluator=evaluator,
+        saver=Saver(directory, config.checkpoint, world=world, keep_every=every.keep),
+        metrics=Metrics(
+            directory, main=world.main, total_steps=schedule.total, resumed_step=state.step
+        ),
+        throughput=Throughput(clock, shares.global_batch, flops, peak),
+        denominators=Denominators(engine.module, world=world),
+        stop=stop,
+        state=state,
+    )
+    if reader is not None:
+        trainer.restore(reader)
+    _announce(trainer, reader, warnings)
+    trainer.throughput.mark(time.monotonic(), trainer.state.step)
+    return trainer
+
+
+def _on_all_ranks(world: World, action: Callable[[], T]) -> T:
+    """What ``action`` gives; if it fails on one rank, every rank raises."""
+    problem: UserError | None = None
+    results = []
+    try:
+        results.append(action())
+    except UserError as error:
+        problem = error
+    world.raise_on_all_ranks(problem)
+    return results[0]
+
+
+def _split(config: TrainConfig, task: Task[Any], network: nn.Module, world: World) -> Split:
+    """Micro-batch and accumulation: as configured, smaller where memory would not suffice."""
+    shares = split(
+        config.schedule.global_batch,
+        world=world.size,
+        micro_batch=config.engine.micro_batch,
+        multiple_of=task.batch_multiple,
+    )
+    if not (config.engine.auto_micro_batch and model.probes_memory(world)):
+        return shares
+    return model.fit_micro_batch(
+        network,
+        task.trial_loss,
+        shares,
+        world=world,
+        engine=config.engine,
+        averages=config.ema.decay > 0,
+        multiple_of=task.batch_multiple,
+    )
+
+
+def _initialise(task: Task[Any], network: nn.Module, directory: Path, world: World) -> None:
+    def load() -> None:
+        report = task.initialise(network)
+        if report is not None and world.main:
+            report.save(directory)
+            print(report.summary(), flush=True)
+
+    _on_all_ranks(world, load)
+
+
+# -- continuing
+
+
+def _to_continue(config: TrainConfig, task: Task[Any], world: World) -> Reader | None:
+    """The checkpoint to continue from: the run's own, else that of ``run.resume``, else None.
+
+    Raises:
+        UserError: it was trained on other classes or data.
+        ConfigError: it was trained with another seed or global batch.
+    """
+    reader = run_dir.newest_sound(Path(config.run.dir), world)
+    if reader is None and config.run.resume:
+        reader = Reader(checkpoint.find(Path(config.run.resume)))
+        world.raise_on_all_ranks(run_dir.verified(reader, world))
+    if reader is not None:
+        _require_same_data(reader, task)
+        _require_same_settings(reader, config)
+    return reader
+
+
+def _require_same_data(reader: Reader, task: Task[Any]) -> None:
+    if reader.meta.class_hash != task.data.class_hash:
+        raise UserError(
+            f"{reader.directory} was trained on other classes than {task.data.where}; to start"
+            " from its weights set init.source instead, with a fresh run.dir"
+        )
+    if reader.meta.manifest_hash != task.data.manifest_hash:
+        raise UserError(
+            f"{reader.directory} was trained on other data than {task.data.where}: its order of"
+            " samples cannot be continued; restore the data or start with a fresh run.dir"
+        )
+
+
+def _require_same_settings(reader: Reader, config: TrainConfig) -> None:
+    batch = reader.meta.config["schedule"]["global_batch"]
+    for key, then, now in (
+        ("run.seed", reader.meta.state.get("seed"), config.run.seed),
+        ("schedule.global_batch", batch, config.schedule.global_batch),
+    ):
+        if then != now:
+            raise ConfigError(
+                f"{key}: {reader.directory} was trained with {then}, the configuration says {now};"
+                " continue with the same value or use a fresh run.dir"
+            )
+
+
+def _require_same_model(reader: Reader, network: nn.Module) -> None:
+    """Check that the checkpoint holds this model's parameters, in these shapes.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    wanted = {f"param/{name}": full_shape(p) for name, p in network.named_parameters()}
+    held = {k: tuple(e["shape"]) for k, e in reader.tensors.items() if k.startswith("param/")}
+    for key in sorted(wanted.keys() | held.keys()):
+        if wanted.get(key) != held.get(key):
+            raise UserError(
+                f"{reader.directory} is a checkpoint of another model: {key} has shape"
+                f" {held.get(key, 'none')}, the configured model needs {wanted.get(key, 'none')};"
+                " mend model.* or use a fresh run.dir"
+            )
+
+
+# -- the first lines
+
+
+def _announce(trainer: Trainer, reader: Reader | None, warnings: list[str]) -> None:
+    config, split, schedule = trainer.config, trainer.engine.split, trainer.schedule
+    order, say = trainer.loader.order, trainer.metrics.say
+    parameters = sum(group.numel for group in trainer.engine.groups)
+    lines = [
+        f"{config.model.name}: {parameters / 1e6:.3f} M parameters,"
+        f" {trainer.throughput.flops_per_image / 6e9:.3f} G multiply-adds an image",
+        f"{trainer.world.size} ranks on {trainer.world.device.type},"
+        f" ZeRO-{config.engine.zero_stage}, {config.engine.precision};"
+        f" global batch {split.global_batch} ="
+        f" {split.micro_batch} × {split.accumulation} × {split.world}",
+        f"{schedule.total:,} steps, {order.steps_per_epoch:,} an epoch,"
+        f" warm-up {schedule.warmup:,}",
+        _left_out(order) if trainer.task.exact_order else "samples come from a stream",
+        param_groups.table(
+            trainer.engine.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        ),
+    ]
+    if reader is not None:
+        lines.append(f"continuing from {reader.directory} at step {trainer.state.step:,}")
+    say("\n".join(lines))
+    if trainer.state.order not in ("", order.fingerprint) and trainer.task.exact_order:
+        say(
+            "data.chunk or the samples of data.subset are others than before: what is left of this"
+            " epoch may repeat samples and miss some; the next ones are whole",
+            warn=True,
+        )
+    for warning in warnings:
+        say(warning, warn=True)
+
+
+def _left_out(order: Order) -> str:
+    """What an epoch drops: never silently."""
+    rest = order.samples - order.steps_per_epoch * order.global_batch
+    every = f"{order.samples:,} samples, each once an epoch"
+    return every + (f", but for {rest:,} left out, other ones in each" if rest else "")
