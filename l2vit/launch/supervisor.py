@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from l2vit import console
-from l2vit.launch import command, processes, progress
+from l2vit.launch import command, processes
+from l2vit.train import run_dir
 from l2vit.train.guards import STOPPED
 
 WRONG_CONFIGURATION = 2
@@ -73,12 +74,12 @@ class Supervisor:
         """
         for number in _FORWARDED:
             signal.signal(number, self._on_signal)
-        failures: list[progress.Reached] = []
+        failures: list[run_dir.Reached] = []
         for attempt in range(self.max_restarts + 1):
             status = self._attempt(argv, environment)
             if status in (0, STOPPED, WRONG_CONFIGURATION):
                 return status
-            failures.append(progress.reached(self.run_dir))
+            failures.append(run_dir.reached(self.run_dir))
             if attempt == self.max_restarts or self._signals:
                 break
             if why := hopeless(failures):
@@ -101,14 +102,16 @@ class Supervisor:
         status = self._start(argv, environment)
         if status == WRONG_CONFIGURATION:
             return status
-        if progress.finished(self.run_dir, self.length):
+        if run_dir.finished(self.run_dir, self.length):
             return 0
         if self._signals:
             return self._stopped_status(status)
         if status == STOPPED:  # another node's supervisor was signalled, and the ranks agreed
             return STOPPED
         if status == 0:
-            self._say(f"the launcher reports success but {self.run_dir / progress.DONE} is missing")
+            self._say(
+                f"the launcher reports success but {self.run_dir / run_dir.DONE_NAME} is missing"
+            )
         else:
             self._say(f"the ranks ended with status {status}; the first error above says why")
         return 1
@@ -116,7 +119,7 @@ class Supervisor:
     def _stopped_status(self, status: int) -> int:
         """After a signal: 75 if the run can be continued with nothing lost that was promised."""
         by_signal = status <= 0 or status > 128
-        if status == STOPPED or progress.reached(self.run_dir).saved > self._saved_before:
+        if status == STOPPED or run_dir.reached(self.run_dir).saved > self._saved_before:
             return STOPPED
         if by_signal:  # before the ranks were ready to catch it: nothing to save yet
             self._say("stopped before training began; nothing was saved")
@@ -161,7 +164,7 @@ class Supervisor:
 
     def _forward(self, process: subprocess.Popen[bytes], session: int) -> None:
         number = self._signals[-1]
-        self._saved_before = progress.reached(self.run_dir).saved
+        self._saved_before = run_dir.reached(self.run_dir).saved
         self._say(f"{signal.Signals(number).name} received; passing it to the ranks")
         pids = [] if self.remote else processes.ranks(session)
         if pids:
@@ -185,7 +188,7 @@ class Supervisor:
         console.tell(f"[launch] {message}", error=True)
 
 
-def hopeless(failures: Sequence[progress.Reached]) -> str:
+def hopeless(failures: Sequence[run_dir.Reached]) -> str:
     """Why another start would only repeat the last ones; empty if it may help."""
     if len(failures) >= 2 and failures[-1].step == failures[-2].step:
         return f"failed twice at step {failures[-1].step}: no passing fault"

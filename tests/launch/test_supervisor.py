@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from l2vit.launch import processes, progress, supervisor
-from l2vit.launch.progress import Reached
+from l2vit.launch import processes, supervisor
 from l2vit.launch.supervisor import Supervisor
+from l2vit.train import run_dir
+from l2vit.train.run_dir import Reached
 
 
 @pytest.fixture(autouse=True)
@@ -207,14 +208,14 @@ def test_loader_workers_are_not_ranks():
 
 
 def test_progress_is_read_from_the_run_directory(tmp_path):
-    assert progress.reached(tmp_path) == Reached(0, 0)
+    assert run_dir.reached(tmp_path) == Reached(0, 0)
     for number, complete in ((100, True), (200, True), (300, False)):
         folder = tmp_path / "checkpoints" / f"step-{number:08d}"
         folder.mkdir(parents=True)
         if complete:
             (folder / "checkpoint.json").touch()
-    assert progress.reached(tmp_path) == Reached(200, 200)
+    assert run_dir.reached(tmp_path) == Reached(200, 200)
     records = [{"step": 250}, {"step": 251}, {"message": "no step"}]
     lines = "\n".join(map(json.dumps, records)) + '\n{"step": 26'
     (tmp_path / "metrics.jsonl").write_text(lines)
-    assert progress.reached(tmp_path) == Reached(251, 200)
+    assert run_dir.reached(tmp_path) == Reached(251, 200)
