@@ -324,5 +324,5 @@ def test_out_of_memory_halves_the_micro_batch_on_every_rank(shards, tmp_path):
     path = settings(shards, run, schedule__length="4 steps")
     ranks = Ranks(train_with_little_memory, 2, path, 5, directory=tmp_path, raw=True)
     assert ranks.wait() == [0, 0], ranks.log(0)[-3000:]
-    assert "out of memory with micro-batch 8: trying 4 × accumulation 2" in ranks.log(0)
+    assert "micro-batch 8 (another rank): trying 4 × accumulation 2" in ranks.log(0)
     assert "global batch 16 = 4 × 2 × 2" in ranks.log(0)
