@@ -121,7 +121,7 @@ def test_22k_head_to_1k_keeps_999_rows_and_says_which_it_lacks(tmp_path):
 
 
 def test_position_tables_of_another_size_are_resized_and_said(tmp_path):
-    """FLatten's encodings: one value per grid place, bicubic (families.md section 5)."""
+    """FLatten's encodings: one value per grid place, bicubic, as the authors fine-tune."""
     name = "flatten_swin_mini"
     torch.manual_seed(0)
     source = timm.create_model(name, num_classes=10, img_size=64, window_size=2)

@@ -258,7 +258,7 @@ def focused(q, k, v, weights, prefix, heads, side):
 
 
 def injective_matrices(q, k, heads):
-    """a_ij of each head, (heads, N, n) (section 2)."""
+    """a_ij of each head, (heads, N, n)."""
     rows = []
     for part_q, part_k in zip(q.chunk(heads, -1), k.chunk(heads, -1), strict=True):
         n, d = part_k.shape

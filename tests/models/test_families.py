@@ -17,7 +17,7 @@ from l2vit.models.families.resize import adapt_state_dict
 from l2vit.models.families.swin import Swin
 from l2vit.models.released_keys import rename
 
-# families.md section 4: input, learned parameters in M, multiply-adds in G.
+# From the authors' configurations: input, learned parameters in M, multiply-adds in G.
 SIZES = """
 flatten_pvt_tiny        224 12.151 2.037     flatten_pvt_small       224 21.670 4.030
 flatten_pvt_medium      224 37.242 7.036     flatten_pvt_base        224 50.649 10.380
@@ -361,8 +361,8 @@ def test_inline_pvt_takes_any_size_by_resizing_positions():
 
 
 def test_weight_decay_and_initial_values():
-    """families.md: `scale`, encodings, kernels and PVT's positions decay; bias tables do not, nor
-    DeiT's positions and class token. Section 3, Init."""
+    """As the authors do: `scale`, encodings, kernels and PVT's positions decay; bias tables do not,
+    nor DeiT's positions and class token."""
     swin = timm.create_model("flatten_swin_mini", img_size=64, window_size=4)
     exempt = swin.no_weight_decay()
     assert len(exempt) == 4 and all(n.endswith("relative_position_bias_table") for n in exempt)

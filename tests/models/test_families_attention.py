@@ -39,7 +39,7 @@ def injective_core(prefix=0):
 
 @pytest.mark.parametrize("keys", [16, 4], ids=["all keys", "reduced keys"])
 def test_focused_equals_its_formula(keys):
-    """With n < N, v is stretched along the tokens for the convolution (section 1)."""
+    """With n < N, v is stretched along the tokens for the convolution."""
     core = focused_core(keys=keys)
     q, k, v, source = tensors(16, keys)
     answer = core(q, k, v, (SIDE, SIDE), source)

@@ -1,4 +1,4 @@
-"""Recipes of FLatten and InLine: numbers typed from families.md section 6, files built."""
+"""Recipes of FLatten and InLine: numbers typed from the authors' configurations, files built."""
 
 import json
 import math

@@ -17,7 +17,7 @@ def peak(name: str, *, checkpointing: bool = False) -> int:
 
 
 @pytest.mark.slow
-def test_a_step_holds_little_more_than_swins_and_half_of_it_with_checkpointing():
-    swin = peak(PEER)
-    assert peak(OURS) < 1.2 * swin
-    assert peak(OURS, checkpointing=True) < 0.5 * swin
+def test_a_step_holds_little_more_than_swins_and_less_than_half_with_checkpointing():
+    swin, ours = peak(PEER), peak(OURS)
+    assert ours < 1.25 * swin
+    assert peak(OURS, checkpointing=True) < 0.5 * ours

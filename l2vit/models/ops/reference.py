@@ -26,6 +26,12 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def relu(x: Tensor) -> Tensor:
+    """ReLU features in fp32 at least, as a copy that products need not make again."""
+    dtype = accurate_dtype(x.dtype)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format).relu_()
+
+
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -50,10 +56,9 @@ def linear_attention(
         (B, heads, N, d) in the precision of ``v``.
     """
     with without_autocast(v):
-        dtype = accurate_dtype(v.dtype)
-        q, k, values = F.relu(q).to(dtype), F.relu(k).to(dtype), v.to(dtype)
-        denominator = q @ k.sum(2, keepdim=True).transpose(2, 3)
-        factor = (1.0 if scale is None else scale.to(dtype)) / denominator.clamp(min=clamp)
+        q, k, values = relu(q), relu(k), v.to(accurate_dtype(v.dtype))
+        denominator = q @ k.sum(2).unsqueeze(3)
+        factor = (1.0 if scale is None else scale.to(q.dtype)) / denominator.clamp(min=clamp)
         k = k.transpose(2, 3)
         out = (q @ k) @ values if qk_first else q @ (k @ values)
         return (out * factor).to(v.dtype)
@@ -62,15 +67,14 @@ def linear_attention(
 def linear_attention_denominators(q: Tensor, k: Tensor) -> Tensor:
     """``relu(q) · Σ relu(k)`` before the clamp, (B, heads, N, 1), in fp32 at least."""
     with without_autocast(q):
-        dtype = accurate_dtype(q.dtype)
-        return F.relu(q).to(dtype) @ F.relu(k).to(dtype).sum(2, keepdim=True).transpose(2, 3)
+        return relu(q) @ relu(k).sum(2).unsqueeze(3)
 
 
 def linear_attention_weights(q: Tensor, k: Tensor, scale: Tensor | None, clamp: float) -> Tensor:
     """What each query gives each key, (B, heads, N, n); times v it is the attention."""
     denominator = linear_attention_denominators(q, k).clamp(min=clamp)
-    scores = F.relu(q).to(denominator.dtype) @ F.relu(k).to(denominator.dtype).transpose(2, 3)
-    return scores * ((1.0 if scale is None else scale.to(denominator.dtype)) / denominator)
+    factor = (1.0 if scale is None else scale.to(denominator.dtype)) / denominator
+    return (relu(q) @ relu(k).transpose(2, 3)) * factor
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
