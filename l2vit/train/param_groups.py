@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import timm.models
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from l2vit.errors import ConfigError
@@ -36,22 +36,24 @@ def param_groups(
 ) -> list[ParamGroup]:
     """Split the trainable parameters of ``model``.
 
-    Unless ``decay`` is all, no weight decay on parameters with at most one dimension (biases,
-    norms), nor on what the model's ``no_weight_decay()`` names. With ``layer_decay`` d below 1, a
-    parameter k layers below the top learns at d^k of the rate, layers as the model's
-    ``group_matcher`` says (timm).
+    As timm does, but with a group for each rate and decay instead of one for each layer. Unless
+    ``decay`` is all, parameters with at most one dimension (biases, norms) and those that the
+    model's ``no_weight_decay()`` names do not decay. With ``layer_decay`` d below 1, a parameter k
+    layers below the top learns at d^k of the rate, layers as the model's ``group_matcher`` says.
 
     Raises:
         ConfigError: layer decay for a model that does not say what its layers are.
     """
-    exempt = set(cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else ())
-    scales = _layer_scales(model, layer_decay)
+    if layer_decay != 1.0 and not hasattr(model, "group_matcher"):
+        raise ConfigError(
+            f"optim.layer_decay: {type(model).__name__} has no group_matcher; set it to 1"
+        )
+    settings = _by_parameter(model, layer_decay, decay)
     groups: dict[tuple[float, bool], ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = decay == "all" or (parameter.ndim > 1 and name not in exempt)
-        scale = scales.get(name, 1.0)
+        scale, decays = settings[id(parameter)]
         label = "decay" if decays else "no decay"
         group = groups.setdefault(
             (scale, decays), ParamGroup(f"{label} ×{scale:.4g}", [], [], decays, scale)
@@ -61,17 +63,23 @@ def param_groups(
     return list(groups.values())
 
 
-def _layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    if layer_decay == 1.0:
-        return {}
-    if not hasattr(model, "group_matcher"):
-        raise ConfigError(
-            f"optim.layer_decay: {type(model).__name__} has no group_matcher; set it to 1"
-        )
-    matcher = cast(Any, model).group_matcher(coarse=False)
-    layers = timm.models.group_parameters(model, matcher, reverse=True)
-    top = max(layers.values())
-    return {name: layer_decay ** (top - layer) for name, layer in layers.items()}
+def _by_parameter(
+    model: nn.Module, layer_decay: float, decay: str
+) -> dict[int, tuple[float, bool]]:
+    """timm's groups as (factor on the rate, decays) by the parameter's identity."""
+    given = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=1.0,
+        no_weight_decay_list=() if decay == "all" else tuple(given),
+        weight_decay_exclude_1d=decay != "all",
+        layer_decay=layer_decay,
+    )
+    return {
+        id(parameter): (group["lr_scale"], group["weight_decay"] > 0)
+        for group in groups
+        for parameter in group["params"]
+    }
 
 
 def optimizer_groups(groups: Iterable[ParamGroup], weight_decay: float) -> list[dict[str, Any]]:

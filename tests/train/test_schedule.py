@@ -134,20 +134,23 @@ def test_vectors_do_not_decay():
     assert "no decay" in text and "0.05" in text
 
 
-@pytest.mark.parametrize("name", ["l2vit_mini", "deit_tiny_patch16_224"])
-def test_layer_decay_agrees_with_timm(name):
-    from timm.optim import param_groups_layer_decay
-
-    model = timm.create_model(name, num_classes=5)
-    theirs = {}
-    for group in param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8):
-        for parameter in group["params"]:
-            theirs[parameter] = group["lr_scale"]
-    ours = param_groups.param_groups(model, layer_decay=0.8)
-    assert len({group.lr_scale for group in ours}) > 3
-    for group in ours:
-        for parameter in group.params:
-            assert group.lr_scale == pytest.approx(theirs[parameter])
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+@pytest.mark.parametrize(("name", "count"), [("l2vit_base", 494), ("deit_tiny_patch16_224", 152)])
+def test_groups_by_the_rule_for_every_parameter(name, count, decay):
+    """Vectors and exempt parameters do not decay; a layer below learns ``decay`` times less."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    layers = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    top, seen = max(layers.values()), 0
+    for group in param_groups.param_groups(model, layer_decay=decay):
+        for parameter_name, parameter in zip(group.names, group.params, strict=True):
+            seen += 1
+            assert model.get_parameter(parameter_name) is parameter
+            assert group.decays == (parameter.ndim > 1 and parameter_name not in exempt)
+            expected = decay ** (top - layers[parameter_name])
+            assert group.lr_scale == pytest.approx(expected, rel=1e-12), parameter_name
+    assert seen == count == len(list(model.parameters()))
 
 
 def test_rates_are_set_per_group():
