@@ -7,8 +7,10 @@ results feeds the perceptual hash.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -16,13 +18,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from data_prep.options import Rules
 from data_prep.records import FORMS
 
+BYTES_PER_PIXEL = 12
+"""Memory a worker may use for a picture, for each pixel of ``Rules.max_pixels``."""
+_COSTLY = {"webp": 20, "avif": 20}  # bytes a pixel of decoders that keep several whole canvases
 _MAX_SCANS = 200
 _DECODED_SIDE = 64  # at 32, equal pictures of other sizes hash up to 10 bits apart; at 64, 2
+_STRIP = 1 << 20  # pixels converted at a time
 _MAGIC = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -31,6 +37,13 @@ _MAGIC = (
     (b"II*\x00", "tiff"),
     (b"MM\x00*", "tiff"),
 )
+PIL_FORMATS = [
+    *(f.upper() for f in FORMS if f != "avif" or features.check("avif")),
+    "MPO",
+]
+"""What PIL may be asked to open; of its other formats some start programs."""
+_END = b"\xff\xd9"
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 class Refused(Exception):
@@ -75,16 +88,29 @@ def clean(data: bytes, rules: Rules) -> CleanImage:
     return _reencode(data, form, rules, [*repairs, form])
 
 
-def _gunzip(data: bytes, limit: int) -> bytes:
-    engine = zlib.decompressobj(wbits=31)
+def is_image(data: bytes) -> bool:
+    """True if the first bytes are those of an image format read here, or of a gzip file."""
     try:
-        result = engine.decompress(data, limit)
-    except zlib.error as error:
-        raise Refused("corrupt", f"gzip member: {error}") from None
-    if engine.unconsumed_tail:
-        raise Refused("too-many-bytes", f"unpacks to more than {limit} bytes")
-    if not engine.eof:
-        raise Refused("truncated", "gzip member ends early")
+        return data[:2] == b"\x1f\x8b" or bool(_form(data))
+    except Refused:
+        return False
+
+
+def _gunzip(data: bytes, limit: int) -> bytes:
+    """Unpack all members of a gzip file; what follows the last one is ignored, as gzip does."""
+    result = b""
+    while data[:2] == b"\x1f\x8b":
+        engine = zlib.decompressobj(wbits=31)
+        try:
+            result += engine.decompress(data, limit + 1 - len(result))
+        except zlib.error as error:
+            wrong = "bad checksum" if "incorrect data check" in str(error) else str(error)
+            raise Refused("corrupt", f"gzip member: {wrong}") from None
+        if engine.unconsumed_tail or len(result) > limit:
+            raise Refused("too-many-bytes", f"unpacks to more than {limit} bytes")
+        if not engine.eof:
+            raise Refused("truncated", "gzip member ends early")
+        data = engine.unused_data
     return result
 
 
@@ -94,6 +120,15 @@ def _form(data: bytes) -> str:
             return form
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[4:8] == b"ftyp":
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+        if b"avif" not in brands:
+            raise Refused(
+                "unsupported", f"ISO media of brand {brands[:4]!r}, such as HEIC or video"
+            )
+        if "AVIF" not in PIL_FORMATS:
+            raise Refused("unsupported", "AVIF needs Pillow 11.3 or later")
+        return "avif"
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<script")):
         raise Refused("html", "a web page saved under an image's name")
@@ -109,7 +144,10 @@ class _Header:
     components: int = 0
     ids: bytes = b""
     adobe: int = -1
+    """Colour transform the Adobe marker names; -1 without one."""
     orientation: int = 1
+    scan: int = 0
+    """Where the first scan starts."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -124,6 +162,7 @@ def _jpeg_header(data: bytes) -> _Header:
             place += 1
             continue
         if marker == 0xDA:
+            head.scan = place
             return head
         length = int.from_bytes(data[place + 2 : place + 4], "big")
         body = data[place + 4 : place + 2 + length]
@@ -165,18 +204,52 @@ def _orientation(tiff: bytes) -> int:
 
 def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> CleanImage:
     head = _jpeg_header(data)
-    _check_size(head.width, head.height, rules)
-    if head.sof == 0xC2 and data.count(b"\xff\xda") > _MAX_SCANS:
+    _check_size(head.width, head.height, "jpeg", rules)
+    if data.count(b"\xff\xda", head.scan) > _MAX_SCANS:
         raise Refused("too-many-scans", f"more than {_MAX_SCANS} scans")
     repairs += _jpeg_faults(head, rules)
-    small = _strict_decode(data, head, rules, repairs)
-    if b"\xff\xd9" not in data[-64:]:
+    try:
+        small = _strict_decode(data, head, rules, repairs)
+    except Refused:
+        if data.find(_END, head.scan) >= 0 or not _has_all_coefficients(data, head):
+            raise
+        whole = data.removesuffix(b"\xff") + _END
+        with contextlib.suppress(Refused):
+            small = _strict_decode(whole, head, rules, repairs)
+            data = whole
+            repairs.append("missing-end")
+        if data is not whole:
+            raise
+    if _END not in data[-64:]:
         # Readers that look for the end marker where a file ends would call this one cut off.
-        data = data[: data.rfind(b"\xff\xd9") + 2]
+        data = data[: data.rfind(_END) + 2]
         repairs.append("trailing-bytes")
-    if set(repairs) - {"gzip", "trailing-bytes"} or rules.format != "jpeg":
+    if set(repairs) - {"gzip", "trailing-bytes", "missing-end"} or rules.format != "jpeg":
         return _reencode(data, "jpeg", rules, repairs)
     return CleanImage(data, head.width, head.height, "jpeg", _hash(small, rules), tuple(repairs))
+
+
+def _has_all_coefficients(data: bytes, head: _Header) -> bool:
+    """True if the scans announce the last bit of every coefficient of every component.
+
+    Only then can a strict decode tell whether anything but the end marker is missing: it does not
+    miss a scan of a progressive file.
+    """
+    known = {component: np.zeros(64, bool) for component in head.ids}
+    place = head.scan
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        body = data[place + 4 : place + 2 + length]
+        after = place + 2 + length
+        if data[place + 1] == 0xDA and len(body) >= 4 + 2 * body[0]:
+            first, last, bits = body[1 + 2 * body[0] : 4 + 2 * body[0]]
+            for component in body[1 : 1 + 2 * body[0] : 2]:
+                if component in known and bits & 15 == 0:
+                    known[component][first : last + 1] = True
+            found = _NEXT_MARKER.search(data, after)
+            after = found.start() if found else len(data)
+        place = after
+    return bool(known) and all(done.all() for done in known.values())
 
 
 def _jpeg_faults(head: _Header, rules: Rules) -> list[str]:
@@ -185,7 +258,9 @@ def _jpeg_faults(head: _Header, rules: Rules) -> list[str]:
     if head.sof not in (0xC0, 0xC1, 0xC2) or head.precision != 8:
         faults.append("unusual-coding")
     if head.components == 4:
-        faults.append("ycck" if head.adobe == 2 else "cmyk")
+        # As libjpeg and browsers have it: without an Adobe marker, or with transform 0, the four
+        # channels are CMYK, else YCCK; either way they are stored inverted. PIL decodes so, too.
+        faults.append("ycck" if head.adobe > 0 else "cmyk")
     elif head.components not in (1, 3):
         faults.append("unusual-components")
     elif head.components == 3 and (head.adobe == 0 or head.ids == b"RGB"):
@@ -216,9 +291,14 @@ def _strict_decode(data: bytes, head: _Header, rules: Rules, repairs: list[str])
         raise Refused(reason, text.strip()) from None
 
 
-def _check_size(width: int, height: int, rules: Rules) -> None:
-    if width * height > rules.max_pixels:
+def _check_size(width: int, height: int, form: str, rules: Rules) -> None:
+    pixels = width * height
+    if pixels > rules.max_pixels:
         raise Refused("too-many-pixels", f"{width}x{height} is above {rules.max_pixels} pixels")
+    needed, budget = pixels * _COSTLY.get(form, 0), BYTES_PER_PIXEL * rules.max_pixels
+    if needed > budget:
+        size = f"{width}x{height} as {form} takes {needed >> 20} MiB to decode"
+        raise Refused("too-many-pixels", f"{size}, a worker has {budget >> 20}")
     if min(width, height) < max(1, rules.min_side):
         raise Refused("too-small", f"{width}x{height}: a side is under {rules.min_side}")
 
@@ -228,10 +308,8 @@ def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> Clean
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(
-                io.BytesIO(data), formats=[*(f.upper() for f in FORMS), "MPO"]
-            )
-            _check_size(*image.size, rules)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
+            _check_size(*image.size, form, rules)
             image.load()
             image = _upright_rgb(image, rules, repairs)
     except Refused:
@@ -250,37 +328,47 @@ def _reencode(data: bytes, form: str, rules: Rules, repairs: list[str]) -> Clean
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         if "resized" not in repairs:
             repairs.append("resized")
-    return CleanImage(
-        _encode(image, form, rules),
-        image.width,
-        image.height,
-        form,
-        _hash(np.asarray(image.convert("L")), rules),
-        tuple(repairs),
-    )
+    phash = _hash(np.asarray(image.convert("L")), rules) if rules.perceptual else 0
+    encoded = _encode(image, form, rules)
+    return CleanImage(encoded, image.width, image.height, form, phash, tuple(repairs))
 
 
 def _upright_rgb(image: Image.Image, rules: Rules, repairs: list[str]) -> Image.Image:
+    if image.mode == "I" and getattr(image, "tag_v2", {}).get(258, (16,)) != (16,):
+        raise Refused("unsupported", "32-bit pixels have no agreed range")
     if rules.exif == "apply" and image.getexif().get(0x0112, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
         if "exif-rotation" not in repairs:
             repairs.append("exif-rotation")
     if image.mode.startswith("I"):
         repairs.append("16-bit")
-        values = np.asarray(image).astype(np.int64)
-        if values.max(initial=0) > 255:
-            values = values >> 8
-        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+        image = _eight_bits(image)
     elif image.mode == "F":
         raise Refused("unsupported", "floating-point pixels have no agreed range")
     if image.mode == "P":
         repairs.append("palette")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         repairs.append("alpha")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The high bytes of 16-bit gray, whatever its values: a dark picture stays dark."""
+    values = np.asarray(image)
+    return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB of a picture with transparency over white; by rows, for the intermediate copies."""
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        flat.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return flat
 
 
 def _encode(image: Image.Image, form: str, rules: Rules) -> bytes:

@@ -37,12 +37,17 @@ RECORD = np.dtype(
 )
 SPOOLED = 1
 REPAIRED = 2
-FORMS = ("jpeg", "png", "gif", "bmp", "webp", "tiff")
+FORMS = ("jpeg", "png", "gif", "bmp", "webp", "tiff", "avif")
+
+
+def key_salt(seed: int, purpose: str) -> bytes:
+    """What makes hashes for one purpose independent of those for another."""
+    return f"{purpose}:{seed}".encode()
 
 
 def key_hash(seed: int, purpose: str, key: str) -> int:
     """64 stable pseudo-random bits from ``key``; independent for each ``purpose``."""
-    salt = f"{purpose}:{seed}".encode()
+    salt = key_salt(seed, purpose)
     digest = hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest()
     return int.from_bytes(digest, "little")
 
@@ -123,6 +128,16 @@ class Workspace:
         return self.root / "records.bin"
 
     @property
+    def starts(self) -> Path:
+        """First row of each unit in the records."""
+        return self.root / "starts.npy"
+
+    @property
+    def scratch(self) -> Path:
+        """Where records are sorted."""
+        return self.root / "scratch"
+
+    @property
     def fate(self) -> Path:
         """uint8 per good image, in unit order: index into plan.FATES."""
         return self.root / "fate.npy"
@@ -142,9 +157,9 @@ class Workspace:
 
     def tidy(self) -> None:
         """Delete what neither ``verify --repair`` nor ``report`` needs."""
-        for name in ("parts", "spool", "staged", "gathered", "done"):
+        for name in ("parts", "spool", "staged", "gathered", "done", "scratch"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-        for path in (self.fate, self.dropped, self.records, self.root / "places.npy"):
+        for path in (self.fate, self.dropped, self.records, self.starts, self.root / "places.npy"):
             path.unlink(missing_ok=True)
 
     def create(self) -> None:

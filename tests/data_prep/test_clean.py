@@ -260,3 +260,150 @@ def test_perceptual_hash_equals_a_plain_float64_dct():
     for place, value in enumerate(values.ravel()):
         bits |= int(value > np.median(values)) << place
     assert perceptual_hash(gray) == bits
+
+
+def without_segment(data, marker):
+    """The JPEG without its first segment of a kind."""
+    place = data.find(bytes([0xFF, marker]))
+    length = int.from_bytes(data[place + 2 : place + 4], "big")
+    return data[:place] + data[place + 2 + length :]
+
+
+def test_cmyk_is_decoded_as_libjpeg_and_browsers_do():
+    """One colour; expected values as headless Chromium draws the three files on a canvas."""
+    flat = encoded(Image.new("CMYK", (64, 64), (20, 200, 120, 30)), quality=95)
+    ycck = bytearray(flat)
+    ycck[flat.find(b"Adobe") + 11] = 2
+    cases = [
+        (flat, "cmyk", (207, 48, 119)),
+        (without_segment(flat, 0xEE), "cmyk", (207, 48, 119)),  # no Adobe marker
+        (bytes(ycck), "ycck", (8, 0, 131)),
+    ]
+    for data, repair, colour in cases:
+        good = clean(data, RULES)
+        assert good.repairs == (repair,)
+        assert np.abs(pixels(good.data)[32, 32] - colour).max() <= 3
+
+
+@pytest.mark.parametrize("top", [200, 255, 256, 5000, 65535])
+def test_16_bit_gray_is_scaled_by_its_depth_not_by_its_values(top):
+    values = np.linspace(0, top, 96 * 72).reshape(72, 96).astype(np.uint16)
+    for form in ("PNG", "TIFF"):
+        good = clean(encoded(Image.fromarray(values), form), RULES)
+        assert good.repairs == (form.lower(), "16-bit")
+        assert np.abs(pixels(good.data)[:, :, 0] - values / 257).max() <= 3
+
+
+def test_pixels_without_an_agreed_range_are_refused():
+    values = np.arange(96 * 72).reshape(72, 96)
+    for kind in (np.int32, np.float32):
+        assert reason(encoded(Image.fromarray(values.astype(kind)), "TIFF")) == "unsupported"
+
+
+def test_gzip_members_are_joined():
+    data = jpeg(40)
+    parts = zipped(data[:1000]) + zipped(data[1000:])
+    assert clean(parts, RULES).data == data
+    assert clean(parts + bytes(512), RULES).data == data  # as gzip does, zeros are ignored
+    assert reason(zipped(data[:1000]) + zipped(data[1000:])[:-300]) == "truncated"
+    assert reason(zipped(data) * 3, Rules(max_bytes=2 * len(data))) == "too-many-bytes"
+    spoilt = bytearray(zipped(data))
+    spoilt[-8] ^= 1  # the checksum
+    with pytest.raises(Refused) as caught:
+        clean(bytes(spoilt), RULES)
+    assert (caught.value.reason, caught.value.detail) == ("corrupt", "gzip member: bad checksum")
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}])
+def test_a_jpeg_that_lacks_only_its_end_marker_gets_one(options):
+    data = jpeg(41, **options)
+    for cut in (1, 2):
+        good = clean(data[:-cut], RULES)
+        assert good.data == data and good.repairs == ("missing-end",)
+
+
+def test_a_progressive_jpeg_that_lacks_scans_is_truncated():
+    """Each cut lies between two scans: nothing but the missing scans tells."""
+    data = jpeg(42, progressive=True)
+    scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    assert len(scans) > 5
+    tables = [data.rfind(b"\xff\xc4", 0, place) for place in scans[1:]]
+    for place in {*scans[1:], *tables}:
+        assert reason(data[:place]) == "truncated"
+
+
+def test_every_shorter_jpeg_is_truncated():
+    data = jpeg(43)
+    for cut in range(5, 600, 7):
+        assert reason(data[:-cut]) in ("truncated", "corrupt")
+
+
+@pytest.mark.parametrize("marker", [0xC0, 0xC2, 0xCA])
+def test_scan_bombs_of_every_coding_are_refused(marker):
+    data = bytearray(jpeg(44, progressive=marker != 0xC0))
+    frame = data.find(b"\xff\xc0" if marker == 0xC0 else b"\xff\xc2")
+    data[frame + 1] = marker
+    scan = data.find(b"\xff\xda")
+    bomb = bytes(data[:scan] + data[scan:-2] * 300 + data[-2:])
+    assert reason(bomb) == "too-many-scans"
+
+
+def test_avif_and_heic():
+    from PIL import features
+
+    heic = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(200)
+    assert reason(heic) == "unsupported"
+    if features.check("avif"):
+        good = clean(encoded(picture(45), "AVIF", quality=90), RULES)
+        assert good.repairs == ("avif",) and good.form == "avif" and close(good.data, picture(45))
+
+
+MEASURE = """
+import pathlib, sys
+from data_prep.clean import Refused, clean
+from data_prep.options import Rules
+def memory(what):
+    return int(open("/proc/self/status").read().split(what)[1].split()[0]) << 10
+for name in ["small.png", *sys.argv[2:]]:
+    data = pathlib.Path(name).read_bytes()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, refused = memory("VmRSS:"), "-"
+    try:
+        clean(data, Rules(max_pixels=int(sys.argv[1])))
+    except Refused as refusal:
+        refused = refusal.reason
+    print(name, refused, memory("VmHWM:") - before)
+"""
+
+
+def test_the_memory_of_a_worker_has_a_bound(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    from data_prep.clean import BYTES_PER_PIXEL
+
+    side = 2000
+    base = picture(46, side // 4, side // 4).resize((side, side))
+    gray, cmyk = base.convert("L"), base.convert("CMYK")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    files = {
+        "small.png": encoded(picture(47), "PNG"),
+        "palette": encoded(gray.convert("P"), "PNG", transparency=b"\0\x80", compress_level=1),
+        "alpha": encoded(base.convert("RGBA"), "PNG", compress_level=1),
+        "deep": encoded(deep, "PNG", compress_level=1),
+        "cmyk": encoded(cmyk, progressive=True, subsampling=0),
+        "webp": encoded(base, "WEBP", method=0),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", MEASURE, str(side * side), *list(files)[1:]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    rows = [line.split() for line in found.stdout.splitlines()][1:]
+    # WebP's decoder keeps several canvases: refused before it is asked.
+    assert [row[1] for row in rows] == ["-", "-", "-", "-", "too-many-pixels"]
+    for name, _, peak in rows:
+        assert int(peak) < BYTES_PER_PIXEL * side * side + (24 << 20), name
