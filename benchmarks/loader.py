@@ -56,7 +56,7 @@ def make_shards(work: Path, count: int) -> Path:
     make_photographs(work / "images", count)
     command = [sys.executable, "-m", "data_prep", "build", "--dataset", "folder"]
     command += ["--source", str(work / "images"), "--out", str(work / "shards")]
-    command += ["--shard-samples", "64", "--workers", "1"]
+    command += ["--split", "train", "--shard-samples", "64", "--workers", "1"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return next(work.glob("**/manifest.json")).parent
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,12 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, help="of the shuffle and of the split")
     split = build.add_argument_group("which part")
     add = split.add_argument
-    add("--split", choices=["train", "val", "both"], default="", help="default: all, as train")
+    add(
+        "--split",
+        choices=["train", "val", "both"],
+        default="",
+        help="default: all, as train; of a folder, its parts or train and a tenth as val",
+    )
     add("--val-fraction", type=float, default=0.0, metavar="F", help="by a hash of each key")
     add("--val-per-class", type=int, default=0, metavar="N", help="lowest hashes of each class")
     add("--val-first-per-class", type=int, default=0, metavar="N", help="in archive order")
@@ -179,6 +185,8 @@ def run_digits(arguments: argparse.Namespace) -> int:
 @cli.program("data_prep")
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     parser = cli.parser("python -m data_prep", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_build, _add_verify, _add_report, _add_digits):

@@ -7,90 +7,140 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from data_prep.events import Events, print_summary, write_events, write_thumbnails
 from data_prep.gather import gather
+from data_prep.listing import list_sources
 from data_prep.options import Options
-from data_prep.plan import FATES, Plan, load_plan, make_plan
+from data_prep.plan import Plan, load_plan, make_plan
 from data_prep.pool import Progress, parallel_map
-from data_prep.records import UnitResult, Workspace
+from data_prep.records import Workspace
 from data_prep.scan import ScanContext, scan_unit
 from data_prep.shards import WriteContext, write_info, write_shard
-from data_prep.sources import Unit, list_units, load_units, renumbered, save_units
+from data_prep.sources import LeftOut, Listing, Unit, renumbered
 from l2vit import files
 from l2vit.data import labels
 from l2vit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from l2vit.errors import UserError
 
 _LOCK_PATIENCE = 5.0  # seconds
-_THUMBNAILS = 12  # per reason, for the report
+
+
+@dataclass(frozen=True)
+class Work:
+    """A build that knows its source."""
+
+    options: Options
+    """With the split rule that applies."""
+    workspace: Workspace
+    units: tuple[Unit, ...]
+    left_out: tuple[LeftOut, ...]
+    directories: dict[str, Path]
+    """Where each part goes."""
+    release: str
+    classes: tuple[str, ...]
 
 
 def build(options: Options) -> dict[str, Manifest]:
     """Turn the sources into finished shard directories; the same call continues a killed one.
 
     Returns:
-        Manifest of each split written.
+        Manifest of each part written.
 
     Raises:
         UserError: a source, the disk, or an ``--out`` that holds something else.
     """
     options.validate()
     workspace = Workspace(options.out / ".build")
-    directories = split_directories(options)
     workspace.create()
     with _locked(workspace):
         _claim(options, workspace)
-        if all((path / MANIFEST_NAME).exists() for path in directories.values()):
+        finished = _finished(options, workspace)
+        if finished:
             print(f"{options.out} is already complete", flush=True)
-            return {split: Manifest.load(path) for split, path in directories.items()}
-        units, found, release, classes = _list(options, workspace)
-        print(
-            f"{len(found):,} classes found: release {release}, {len(classes):,} labels,"
-            f" {len(units):,} units of work",
-            flush=True,
-        )
-        check_images(options, workspace, units, classes)
-        if workspace.plan.exists():
-            plan = load_plan(workspace)
-        else:
-            print("planning the shuffle ...", flush=True)
-            plan = make_plan(options, workspace, units, classes)
+            return {part: Manifest.load(path) for part, path in finished.items()}
+        work = _list(options, workspace)
+        check_images(work)
+        plan = _plan(work)
         if options.gather:
-            writing = WriteContext(options, workspace, tuple(units), "", options.out)
-            gather(writing, list(directories), options.workers)
-        for split, path in directories.items():
-            write_split(options, workspace, units, split, path, plan.shards[split])
-        manifests = {
-            split: finish(options, workspace, units, plan, split, path, release)
-            for split, path in directories.items()
+            context = WriteContext(options, workspace, work.units, "", options.out)
+            gather(context, list(work.directories), options.workers)
+        for part in work.directories:
+            write_part(work, part, plan.shards[part])
+        events = {
+            part: write_events(workspace, work.units, work.left_out, part, path)
+            for part, path in work.directories.items()
         }
+        manifests = {part: finish(work, plan, part, events[part]) for part in work.directories}
         workspace.tidy()
-    summary(options, plan, manifests)
+    for part, manifest in manifests.items():
+        print_summary(manifest, work.directories[part], events[part])
     return manifests
 
 
-def _list(
-    options: Options, workspace: Workspace
-) -> tuple[list[Unit], set[str], str, tuple[str, ...]]:
+def _plan(work: Work) -> Plan:
+    if work.workspace.plan.exists() and (plan := load_plan(work.workspace)):
+        return plan
+    print("planning the shuffle ...", flush=True)
+    parts = tuple(work.directories)
+    return make_plan(work.options, work.workspace, work.units, work.classes, parts)
+
+
+def _list(options: Options, workspace: Workspace) -> Work:
+    """List the sources, or remember how an earlier call listed them."""
     if workspace.units.exists():
-        units, found = load_units(workspace)
-        return units, found, *choose_classes(options, found)
-    units, found = list_units(options, workspace)
-    release, classes = choose_classes(options, found)
+        listing = Listing.load(workspace)
+        release, classes = choose_classes(options, listing.classes)
+    else:
+        listing, _ = list_sources(options, workspace)
+        release, classes = choose_classes(options, listing.classes)
+        listing = _only_listed(listing, classes, release)
+        listing.save(workspace)
+        size = sum(unit.size for unit in listing.units)
+        _note_space(options, size * (2 if options.gather else 1))
+    for note in listing.notes:
+        print(note, flush=True)
+    print(
+        f"{len(listing.classes):,} classes found: release {release}, {len(classes):,} labels,"
+        f" {len(listing.units):,} units of work",
+        flush=True,
+    )
+    named = {unit.split for unit in listing.units} - {""}
+    return Work(
+        options.resolved(named),
+        workspace,
+        tuple(listing.units),
+        tuple(listing.left_out),
+        part_directories(options, options.parts(named)),
+        release,
+        classes,
+    )
+
+
+def _only_listed(listing: Listing, classes: tuple[str, ...], release: str) -> Listing:
+    """Leave out the classes that have no label."""
     wanted = set(classes)
-    units = renumbered([u for u in units if not u.class_id or u.class_id in wanted])
+    units = []
+    for unit in listing.units:
+        if unit.class_id in wanted:
+            units.append(unit)
+        elif not unit.class_id:
+            entries = tuple(entry for entry in unit.entries if entry.class_id in wanted)
+            size = sum(entry.size for entry in entries)
+            units += [replace(unit, entries=entries, size=size)] if entries else []
     if not units:
-        raise UserError(f"none of the {len(found)} classes found is in the class list {release}")
-    save_units(units, found, workspace)
-    _note_space(options, sum(unit.size for unit in units) * (2 if options.gather else 1))
-    return units, found, release, classes
+        raise UserError(
+            f"none of the {len(listing.classes)} classes found is in the class list {release}"
+        )
+    notes = list(listing.notes)
+    if missing := len(listing.classes - wanted):
+        notes.append(f"{missing:,} classes of the source are not in the class list: not read")
+    return replace(listing, units=renumbered(units), notes=notes)
 
 
 def _note_space(options: Options, needed: int) -> None:
@@ -104,11 +154,22 @@ def _note_space(options: Options, needed: int) -> None:
         )
 
 
-def split_directories(options: Options) -> dict[str, Path]:
-    """Where each split goes."""
-    if options.split == "both":
-        return {"train": options.out / "train", "val": options.out / "val"}
-    return {options.split or "train": options.out}
+def part_directories(options: Options, parts: tuple[str, ...]) -> dict[str, Path]:
+    """Where each part goes: to OUT if only one can be asked for, else to a directory in it."""
+    if options.split == "both" or options.finds_parts:
+        return {part: options.out / part for part in parts}
+    return dict.fromkeys(parts, options.out)
+
+
+def _finished(options: Options, workspace: Workspace) -> dict[str, Path]:
+    """Directories of a build that is complete; empty if it is not."""
+    if workspace.units.exists():
+        named = {unit.split for unit in Listing.load(workspace).units} - {""}
+    else:  # the build directory was deleted
+        named = {"test"} if (options.out / "test" / MANIFEST_NAME).exists() else set()
+    directories = part_directories(options, options.parts(named))
+    whole = all((path / MANIFEST_NAME).exists() for path in directories.values())
+    return directories if whole else {}
 
 
 class _locked:
@@ -138,6 +199,11 @@ class _locked:
 def _claim(options: Options, workspace: Workspace) -> None:
     """Refuse to continue a build that was begun with other options."""
     identity = options.identity()
+    if options.finds_parts and any(options.out.glob("shard-*.tar")):
+        raise UserError(
+            f"{options.out} holds shards itself, from a build of one part: give another --out, or"
+            " --split train for one part"
+        )
     if workspace.build.exists():
         before = files.read_json(workspace.build, what="build record")
         changed = sorted(
@@ -149,7 +215,7 @@ def _claim(options: Options, workspace: Workspace) -> None:
                 " the same ones to continue, or another --out"
             )
         return
-    if options.split != "both" and (options.out / MANIFEST_NAME).exists():
+    if (options.out / MANIFEST_NAME).exists():
         before = Manifest.load(options.out).provenance.get("options")
         if before == json.loads(json.dumps(identity)):
             return
@@ -190,43 +256,37 @@ def choose_classes(options: Options, found: set[str]) -> tuple[str, tuple[str, .
     return "custom", names
 
 
-def check_images(
-    options: Options, workspace: Workspace, units: list[Unit], classes: tuple[str, ...]
-) -> None:
-    """Pass 1 over the units that have no part yet."""
+def check_images(work: Work) -> None:
+    """Pass 1 over the units that have no result yet."""
+    units, workspace = work.units, work.workspace
     left = [unit for unit in units if not workspace.unit_result(unit.number).exists()]
     if len(left) < len(units):
         print(f"{len(units) - len(left):,} units were checked before", flush=True)
-    scan = ScanContext(options, workspace, {name: row for row, name in enumerate(classes)})
+    labels = {name: row for row, name in enumerate(work.classes)}
+    scan = ScanContext(work.options, workspace, labels)
     progress = Progress("check", sum(unit.size for unit in left))
-    for unit, seen in parallel_map(scan_unit, scan, left, options.workers):
+    for unit, seen in parallel_map(scan_unit, scan, left, work.options.workers):
         progress.add(unit.size, seen)
     progress.finish()
 
 
-def write_split(
-    options: Options,
-    workspace: Workspace,
-    units: list[Unit],
-    split: str,
-    directory: Path,
-    shards: int,
-) -> None:
+def write_part(work: Work, part: str, shards: int) -> None:
     """Pass 2 over the shards that are not done yet."""
+    directory, workspace = work.directories[part], work.workspace
     directory.mkdir(parents=True, exist_ok=True)
-    bounds = np.load(workspace.bounds(split))
-    left = [n for n in range(shards) if not _finished(workspace, split, n, directory)]
+    bounds = np.load(workspace.bounds(part))
+    left = [n for n in range(shards) if not _is_written(workspace, part, n, directory)]
     if len(left) < shards:
-        print(f"{shards - len(left):,} {split} shards were written before", flush=True)
-    writing = WriteContext(options, workspace, tuple(units), split, directory)
-    progress = Progress(f"write {split}", int(sum(bounds[n + 1] - bounds[n] for n in left)))
-    for _, samples in parallel_map(write_shard, writing, left, options.workers):
+        print(f"{shards - len(left):,} {part} shards were written before", flush=True)
+    context = WriteContext(work.options, workspace, work.units, part, directory)
+    progress = Progress(f"write {part}", int(sum(bounds[n + 1] - bounds[n] for n in left)))
+    for _, samples in parallel_map(write_shard, context, left, work.options.workers):
         progress.add(samples, samples)
     progress.finish()
 
 
-def _finished(workspace: Workspace, split: str, shard: int, directory: Path) -> bool:
-    record = workspace.done(split, shard)
+def _is_written(workspace: Workspace, part: str, shard: int, directory: Path) -> bool:
+    record = workspace.done(part, shard)
     if not record.exists():
         return False
     done = Shard(**files.read_json(record, what="shard record"))
@@ -234,40 +294,31 @@ def _finished(workspace: Workspace, split: str, shard: int, directory: Path) -> 
     return index.is_file() and tar.is_file() and tar.stat().st_size == done.bytes
 
 
-def finish(
-    options: Options,
-    workspace: Workspace,
-    units: list[Unit],
-    plan: Plan,
-    split: str,
-    directory: Path,
-    release: str,
-) -> Manifest:
+def finish(work: Work, plan: Plan, part: str, events: Events) -> Manifest:
     """Write the records, ``_info.json``, and the manifest last."""
+    workspace, directory = work.workspace, work.directories[part]
     shards = tuple(
-        Shard(**files.read_json(workspace.done(split, n), what="shard record"))
-        for n in range(plan.shards[split])
+        Shard(**files.read_json(workspace.done(part, n), what="shard record"))
+        for n in range(plan.shards[part])
     )
-    reasons = _write_events(workspace, units, split, directory)
-    _write_thumbnails(workspace, units)
-    order = np.load(workspace.order(split), mmap_mode="r")
-    counts = np.bincount(order["label"], minlength=len(plan.classes))
+    write_thumbnails(workspace, work.units)
+    about = plan.about[part]
     manifest = Manifest(
-        dataset=options.dataset,
-        split=split,
+        dataset=work.options.dataset,
+        split=part,
         classes=plan.classes,
         class_names=labels.class_names(plan.classes),
         shards=shards,
-        class_counts=tuple(map(int, counts)),
+        class_counts=tuple(about["class_counts"]),
         provenance={
-            "release": release,
-            "options": options.identity(),
-            "split_rule": options.split_rule(),
+            "release": work.release,
+            "options": work.options.identity(),
+            "split_rule": work.options.split_rule(),
             "build": os.path.relpath(workspace.root, directory),
-            "members_seen": plan.seen,
-            "source_formats": plan.forms,
-            "fates": plan.fates,
-            "reasons": reasons,
+            "members_seen": about["members_seen"],
+            "source_formats": about["source_formats"],
+            "fates": about["fates"],
+            "reasons": events.reasons,
             "cross_class_duplicates": plan.cross_class_duplicates,
             "versions": {name: version(name) for name in ("pillow", "simplejpeg", "numpy")},
             **plan.notes,
@@ -276,70 +327,3 @@ def finish(
     write_info(manifest, directory)
     manifest.save(directory)
     return manifest
-
-
-def _write_thumbnails(workspace: Workspace, units: list[Unit]) -> None:
-    if workspace.thumbnails.exists():
-        return
-    found: dict[str, list[dict[str, Any]]] = {}
-    for unit in units:
-        for event in UnitResult.load(workspace.unit_result(unit.number)).events:
-            shelf = found.setdefault(f"{event['kind']}: {event['reason']}", [])
-            if event.get("thumbnail") and len(shelf) < _THUMBNAILS:
-                shelf.append({name: event[name] for name in ("member", "detail", "thumbnail")})
-    files.write_json(workspace.thumbnails, found)
-
-
-def _write_events(
-    workspace: Workspace, units: list[Unit], split: str, directory: Path
-) -> dict[str, dict[str, int]]:
-    """``rejected.jsonl`` and ``repaired.jsonl`` of one split; counts of each reason."""
-    fates = np.load(workspace.fate, mmap_mode="r")
-    counts: dict[str, Counter[str]] = {"rejected": Counter(), "repaired": Counter()}
-    with (
-        files.atomic_writer(directory / "rejected.jsonl") as rejected,
-        files.atomic_writer(directory / "repaired.jsonl") as repaired,
-    ):
-        streams = {"rejected": rejected, "repaired": repaired}
-        for event in _events(workspace, units, fates):
-            if event.pop("fate", split) != split or event["split"] not in ("", split):
-                continue
-            kind = event.pop("kind")
-            if kind in counts:
-                counts[kind][event["reason"]] += 1
-            line = json.dumps(event, ensure_ascii=False).encode("utf-8", "backslashreplace")
-            streams[kind if kind in streams else "rejected"].write(line + b"\n")
-    return {kind: dict(sorted(counter.items())) for kind, counter in counts.items()}
-
-
-def _events(workspace: Workspace, units: list[Unit], fates: np.ndarray) -> Iterator[dict[str, Any]]:
-    start = 0
-    for unit in units:
-        part = UnitResult.load(workspace.unit_result(unit.number))
-        for event in part.events:
-            row = event.pop("row")
-            event.pop("thumbnail", None)
-            if row >= 0:
-                event["fate"] = FATES[fates[start + row]]
-            yield event
-        start += len(part.records)
-    with workspace.dropped.open() as stream:
-        for line in stream:
-            yield json.loads(line)
-
-
-def summary(options: Options, plan: Plan, manifests: dict[str, Manifest]) -> None:
-    """Print what was done, in a few lines."""
-    for split, manifest in manifests.items():
-        size = sum(shard.bytes for shard in manifest.shards)
-        print(
-            f"{split}: {manifest.samples:,} images, {len(manifest.classes):,} classes,"
-            f" {len(manifest.shards):,} shards, {size / 1e9:,.3f} GB"
-            f" in {split_directories(options)[split]}; manifest {manifest.hash[:12]}"
-        )
-    first = next(iter(manifests.values()))
-    for kind, reasons in first.provenance["reasons"].items():
-        words = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-        print(f"{kind}: {sum(reasons.values()):,}{f' ({words})' if words else ''}")
-    if plan.cross_class_duplicates:
-        print(f"equal images in different classes: {plan.cross_class_duplicates:,} (kept)")

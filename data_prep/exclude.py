@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import io
 import itertools
+import lzma
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.clean import Refused, clean
+from data_prep import archives
+from data_prep.clean import Refused, clean, is_image
+from data_prep.names import escaped
 from data_prep.options import Rules
-from data_prep.sources import IMAGE_SUFFIXES
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
 from l2vit.errors import UserError
 
@@ -62,10 +68,16 @@ def load_guard(paths: tuple[str, ...], *, near: bool) -> Guard:
         if path.is_file() and not tarfile.is_tarfile(path):
             _read_list(path, shas, names)
         else:
-            for title, data in _images(path):
+            others = 0
+            for title, data in _files(path):
+                if not is_image(data):
+                    others += 1
+                    continue
                 shas.add(hashlib.sha256(data).hexdigest())
                 if near:
-                    _add_hash(title, data, hashes, titles)
+                    _add_hash(escaped(title), data, hashes, titles)
+            if others:
+                print(f"--exclude {path}: {others:,} files are no images", flush=True)
         if len(shas) + len(names) == before:
             raise UserError(f"--exclude {path} holds no image, hash or name to exclude")
     return Guard(frozenset(shas), frozenset(names), np.array(hashes, np.uint64), tuple(titles))
@@ -95,38 +107,46 @@ def _read_list(path: Path, shas: set[str], names: set[str]) -> None:
             names.add(words[0])
 
 
-def _images(path: Path) -> Iterator[tuple[str, bytes]]:
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file of a shard directory, a directory, or a tar, whatever its name."""
     if not path.exists():
         raise UserError(f"--exclude {path}: not found")
     try:
         if (path / MANIFEST_NAME).is_file():
             for shard in Manifest.load(path).shards:
-                yield from _tar_images(path / shard.name, 0)
+                for name, data in _tar_files(path / shard.name, 0):
+                    if not name.endswith(".cls"):
+                        yield name, data
         elif path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+                if file.is_file() and file.stat().st_size <= _MEMBER_LIMIT:
                     yield str(file), file.read_bytes()
         else:
-            yield from _tar_images(path, 1)
-    except (OSError, EOFError, tarfile.TarError) as error:
+            yield from _tar_files(path, 1)
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"--exclude {path} cannot be read: {error}") from error
 
 
-def _tar_images(path: Path, depth: int) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, mode="r|*") as archive:
-        yield from _walk(archive, depth)
+def _tar_files(path: Path, depth: int) -> Iterator[tuple[str, bytes]]:
+    with path.open("rb") as plain:
+        start = plain.read(2)
+    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    with openers.get(start, open)(path, "rb") as stream:  # type: ignore[operator]
+        size = None if start in openers else path.stat().st_size
+        yield from _walk(stream, size, f"--exclude {path}", depth)
 
 
-def _walk(archive: tarfile.TarFile, depth: int) -> Iterator[tuple[str, bytes]]:
-    for member in archive:
-        content = archive.extractfile(member) if member.isreg() else None
-        if content is None:
+def _walk(stream: BinaryIO, size: int | None, what: str, depth: int) -> Iterator[tuple[str, bytes]]:
+    for member in archives.members(stream, size, what):
+        if member.problem:
             continue
         if member.name.endswith(".tar") and depth:
-            with tarfile.open(fileobj=content, mode="r|") as inner:
-                yield from _walk(inner, depth - 1)
-        elif Path(member.name).suffix.lower() in IMAGE_SUFFIXES and member.size <= _MEMBER_LIMIT:
-            yield member.name, content.read()
+            inner = io.BufferedReader(archives.Window(stream, member.offset, member.size))
+            name = f"{what}/{escaped(member.name)}"
+            yield from _walk(inner, member.size, name, depth - 1)  # type: ignore[arg-type]
+        elif member.size <= _MEMBER_LIMIT:
+            stream.seek(member.offset)
+            yield member.name, stream.read(member.size)
 
 
 def exact_matches(records: np.ndarray, guard: Guard) -> np.ndarray:

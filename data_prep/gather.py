@@ -8,11 +8,13 @@ shard is then one sequential read. The copy needs the data's size once more unti
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_prep.catalogue import unit_starts
 from data_prep.pool import Progress, parallel_map
 from data_prep.records import RECORD
 from data_prep.shards import SourceFiles, WriteContext, read_texts, read_window, windows
@@ -51,22 +53,20 @@ class _Job:
 def _places(writing: WriteContext, splits: Sequence[str]) -> np.ndarray:
     """PLACE (good images,) in unit order: which shard file each goes to, and where in it."""
     workspace = writing.workspace
-    units = np.memmap(workspace.records, RECORD, "r")["unit"]
-    starts = np.searchsorted(units, np.arange(len(writing.units)))
-    places = np.zeros(len(units), PLACE)
+    starts = unit_starts(workspace, len(writing.units))
+    places = np.zeros(starts[-1], PLACE)
     places["split"] = -1
     for number, split in enumerate(splits):
         order = np.load(workspace.order(split), mmap_mode="r")
-        bounds = np.load(workspace.bounds(split))
-        rows = starts[order["unit"]] + order["row"]
-        shards = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-        by_place = np.lexsort((rows, shards))
-        ends = np.cumsum(order["size"][by_place].astype(np.int64))
-        offsets = ends - order["size"][by_place]
-        offsets -= np.concatenate([[0], ends])[bounds[:-1]][shards]
-        rows = rows[by_place]
-        places["split"][rows], places["offset"][rows] = number, offsets
-        places["shard"][rows] = shards
+        bounds = np.load(workspace.bounds(split)).tolist()
+        for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            records = np.array(order[start:stop])
+            rows = starts[records["unit"]] + records["row"]
+            by_place = np.argsort(rows)
+            sizes = records["size"][by_place].astype(np.int64)
+            rows = rows[by_place]
+            places["split"][rows], places["shard"][rows] = number, shard
+            places["offset"][rows] = np.cumsum(sizes) - sizes
     return places
 
 
@@ -84,8 +84,8 @@ def _tasks(writing: WriteContext) -> Iterator[tuple[int, int]]:
 
 def _gather(job: _Job, task: tuple[int, int]) -> int:
     writing, workspace = job.writing, job.writing.workspace
+    start, stop = unit_starts(workspace, len(writing.units))[list(task)].tolist()
     everything = np.memmap(workspace.records, RECORD, "r")
-    start, stop = np.searchsorted(everything["unit"], task)
     records = np.array(everything[start:stop])
     places = np.load(workspace.root / "places.npy", mmap_mode="r")[start:stop]
     kept = np.flatnonzero(places["split"] >= 0)

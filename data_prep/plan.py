@@ -1,8 +1,8 @@
 """Between the passes: duplicates, exclusions, the split, the global shuffle, the shard bounds.
 
 The shuffle sorts by a hash of each sample's key. That is a uniform random permutation which no
-worker count, file order or restart can change, and which needs one record (84 bytes) of memory an
-image, and three integers while sorting: about 1.7 GB for 14.2 million.
+worker count, file order or restart can change. Records are sorted on disk, some two million at a
+time, so that memory grows by a few bytes an image only.
 """
 
 from __future__ import annotations
@@ -10,24 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.catalogue import Catalogue, make_keys_unique, merge_results, sorted_by_rank
+from data_prep.duplicates import find_duplicates
 from data_prep.exclude import Guard, exact_matches, load_guard, near_matches
+from data_prep.names import escaped
 from data_prep.options import Options
-from data_prep.records import RECORD, UnitResult, Workspace, key_hash
+from data_prep.records import FORMS, RECORD, Workspace, key_salt
 from data_prep.shards import END, sample_bytes
 from data_prep.sources import Unit
+from data_prep.spill import Spill
 from l2vit import files
 from l2vit.errors import UserError
 
-FATES = ("train", "val", "duplicate", "excluded", "class-too-small", "other-part")
-TRAIN, VAL, DUPLICATE, EXCLUDED, SMALL, OTHER = range(len(FATES))
-_CHUNK = 1 << 18
+FATES = ("train", "val", "duplicate", "excluded", "class-too-small", "other-part", "test")
+TRAIN, VAL, DUPLICATE, EXCLUDED, SMALL, OTHER, TEST = range(len(FATES))
+PARTS = {"train": TRAIN, "val": VAL, "test": TEST}
+_IS_PART = np.isin(np.arange(len(FATES)), list(PARTS.values()))
 
 
 @dataclass
@@ -36,268 +41,325 @@ class Plan:
 
     classes: tuple[str, ...]
     shards: dict[str, int]
-    """Shards of each split."""
-    samples: dict[str, int]
-    seen: int
-    forms: dict[str, int]
-    fates: dict[str, int]
+    """Shards of each part."""
+    about: dict[str, dict[str, Any]]
+    """Of each part: class_counts, source_formats; members_seen and fates of where it comes from."""
     cross_class_duplicates: int
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class Catalogue:
-    """Every good image of pass 1: records in unit order, and their texts."""
+class _Decisions:
+    """What becomes of each image, and the lines about it in ``dropped.jsonl``."""
 
     def __init__(
-        self, records: np.ndarray, text: bytes | np.ndarray, raw_shas: dict[int, str]
+        self, catalogue: Catalogue, units: Sequence[Unit], fates: np.ndarray, lines: BinaryIO
     ) -> None:
-        self.records, self._text = records, text
-        self.raw_shas = raw_shas
-        """SHA-256 of the source's bytes, where they differ from those written."""
+        self.catalogue, self.units, self._lines = catalogue, units, lines
+        self.fates = fates
+        """uint8 (rows,): index into FATES."""
+        self.reasons: Counter[str] = Counter()
 
-    def texts(self, row: int) -> tuple[str, str]:
-        """(key, member name) of one record."""
-        record = self.records[row]
-        start = int(record["text_offset"])
-        raw = bytes(self._text[start : start + int(record["text_size"])])
-        key, _, name = raw.decode("utf-8", "surrogateescape").partition("\t")
-        return key, name
+    def note(self, kind: str, row: int, reason: str, detail: str) -> None:
+        """Write a line about an image."""
+        self.reasons[reason] += 1
+        event = _event(kind, self.catalogue, self.units, row, reason, detail)
+        self._lines.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
 
+    def drop(self, row: int, fate: int, reason: str, detail: str) -> None:
+        """Leave an image out."""
+        self.fates[row] = fate
+        self.note("rejected", row, reason, detail)
 
-def merge_results(
-    workspace: Workspace, units: list[Unit], *, hashes: bool = False
-) -> tuple[Catalogue, int, dict[str, int]]:
-    """Join the parts of all units; ``hashes`` also those of repaired images' source bytes.
-
-    Returns:
-        The catalogue, members seen, and images of each source format.
-    """
-    seen, forms, place, total = 0, Counter[str](), 0, 0
-    raw_shas: dict[int, str] = {}
-    with (
-        files.atomic_writer(workspace.text) as stream,
-        files.atomic_writer(workspace.records) as rows,
-    ):
-        for unit in units:
-            part = UnitResult.load(workspace.unit_result(unit.number))
-            part.records["text_offset"] += np.uint64(place)
-            for event in part.events:
-                if hashes and event["row"] >= 0:
-                    raw_shas[total + event["row"]] = event["sha256"]
-            rows.write(part.records.tobytes())
-            total += len(part.records)
-            stream.write(part.text)
-            place += len(part.text)
-            seen += part.seen
-            forms.update(part.forms)
-    records = np.fromfile(workspace.records, RECORD)
-    text = np.memmap(workspace.text, np.uint8, "r") if place else b""
-    return Catalogue(records, text, raw_shas), seen, dict(forms)
-
-
-def duplicates(
-    high: np.ndarray, low: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Exact duplicates by the bytes written.
-
-    Args:
-        high: uint64 (images,) first half of each image's hash.
-        low: uint64 (images,) second half.
-        labels: (images,) class of each.
-
-    Returns:
-        int64 rows to drop (a same-class copy lies earlier), int64 rows of the copies kept for
-        them, and int64 pairs (n, 2) of equal images whose classes differ.
-    """
-    order = np.lexsort((labels, low, high))
-    first, second = order[:-1], order[1:]
-    same = (high[first] == high[second]) & (low[first] == low[second])
-    label = labels[first] == labels[second]
-    inner = np.flatnonzero(same & label)
-    # The first of each run of equals is kept: walk back over the run's places.
-    leads = np.arange(len(order))
-    starts = np.ones(len(order), bool)
-    starts[inner + 1] = False
-    leads = np.maximum.accumulate(np.where(starts, leads, 0))
-    dropped = order[inner + 1]
-    kept = order[leads[inner + 1]]
-    crossing = np.flatnonzero(same & ~label)
-    return dropped, kept, np.stack([first[crossing], second[crossing]], axis=1)
-
-
-def split_fates(catalogue: Catalogue, options: Options, units: list[Unit]) -> np.ndarray:
-    """uint8 (records,): TRAIN or VAL for each record by the split rule."""
-    records = catalogue.records
-    fates = np.zeros(len(records), np.uint8)
-    if options.val_fraction or options.val_per_class:
-        scores = np.fromiter(
-            (key_hash(options.seed, "split", catalogue.texts(r)[0]) for r in range(len(records))),
-            np.uint64,
-            len(records),
-        )
-        if options.val_fraction:
-            fates[scores < np.uint64(int(options.val_fraction * 2**64))] = VAL
-        else:
-            fates[_first_of_class(records["label"], scores, options.val_per_class)] = VAL
-    elif options.val_first_per_class:
-        places = np.arange(len(records))
-        fates[_first_of_class(records["label"], places, options.val_first_per_class)] = VAL
-    elif options.split == "val":
-        fates[:] = VAL
-    elif options.split == "both":
-        roles = np.array([VAL if unit.split == "val" else TRAIN for unit in units], np.uint8)
-        fates = roles[records["unit"]]
-    return fates
-
-
-def _first_of_class(labels: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the ``count`` lowest scores of each label."""
-    order = np.lexsort((scores, labels))
-    labels = labels[order]
-    starts = np.searchsorted(labels, labels, side="left")
-    return order[np.arange(len(order)) - starts < count]
-
-
-def shard_bounds(sizes: np.ndarray, options: Options) -> np.ndarray:
-    """int64 (shards + 1,): first sample of each shard; greedy within bytes and samples allowed."""
-    ends = np.cumsum(sample_bytes(sizes))
-    limit = options.shard_bytes - END
-    bounds = [0]
-    while bounds[-1] < len(sizes):
-        start = bounds[-1]
-        before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + limit, side="right")))
-        if options.shard_samples:
-            stop = min(stop, start + options.shard_samples)
-        bounds.append(stop)
-    return np.array(bounds, np.int64)
-
-
-def write_order(
-    catalogue: Catalogue, rows: np.ndarray, labels: np.ndarray, path: Path
-) -> np.ndarray:
-    """Write the records of ``rows`` in that order, with their final labels.
-
-    Returns:
-        uint32 (rows,): bytes of each image, in order.
-    """
-    with files.atomic_writer(path) as stream:
-        header = {"descr": RECORD.descr, "fortran_order": False, "shape": (len(rows),)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        for start in range(0, len(rows), _CHUNK):
-            chunk = catalogue.records[rows[start : start + _CHUNK]]
-            chunk["label"] = labels[chunk["label"]]
-            stream.write(chunk.tobytes())
-    return catalogue.records["size"][rows]
+    @property
+    def alive(self) -> np.ndarray:
+        """bool (rows,): images of some part."""
+        return _IS_PART[self.fates]
 
 
 def make_plan(
-    options: Options, workspace: Workspace, units: list[Unit], classes: tuple[str, ...]
+    options: Options,
+    workspace: Workspace,
+    units: Sequence[Unit],
+    classes: tuple[str, ...],
+    parts: tuple[str, ...],
 ) -> Plan:
     """Decide the fate of every good image and where each kept one goes; write it down.
 
     Raises:
         UserError: nothing is left to write, or a part that was asked for would be empty.
     """
-    catalogue, seen, forms = merge_results(workspace, units, hashes=bool(options.exclude))
-    records = catalogue.records
-    order = np.argsort(records["rank"], kind="stable")
-    catalogue = _with_unique_keys(catalogue, order, workspace)
-    fates = split_fates(catalogue, options, units)
-    guard, excluded = _guard(options), list[dict[str, Any]]()
-    if guard is not None:
-        excluded = list(_exclude(catalogue, units, fates, guard, options.exclude_distance))
-    events = [*excluded, *_drop_duplicates(catalogue, units, fates)]
-    crossing = sum(event["kind"] == "note" for event in events)
-    classes, labels, small = _keep_classes(records["label"], fates, classes, options)
-    fates[small] = SMALL
-    wanted = {"": (TRAIN,), "train": (TRAIN,), "val": (VAL,), "both": (TRAIN, VAL)}[options.split]
-    fates[(fates <= VAL) & ~np.isin(fates, wanted)] = OTHER
-    plan = Plan(classes, {}, {}, seen, forms, {}, crossing)
-    for fate in wanted:
-        split = FATES[fate]
-        rows = order[fates[order] == fate]
-        if not len(rows):
-            raise UserError(f"no image is left for the {split} part; see rejected.jsonl's reasons")
-        bounds = shard_bounds(write_order(catalogue, rows, labels, workspace.order(split)), options)
-        with files.atomic_writer(workspace.bounds(split)) as stream:
-            np.save(stream, bounds)
-        plan.shards[split], plan.samples[split] = len(bounds) - 1, len(rows)
-    if guard is not None:
-        plan.notes["leakage_guard"] = {
-            "listed": guard.size,
-            "distance": options.exclude_distance,
-            **Counter(event["reason"] for event in excluded),
-        }
-    plan.fates = {FATES[i]: int(n) for i, n in enumerate(np.bincount(fates, minlength=6)) if n}
+    guard = (
+        load_guard(options.exclude, near=options.exclude_distance > 0) if options.exclude else None
+    )
+    catalogue = merge_results(workspace, units, guard.shas if guard else frozenset())
+    by_rank = sorted_by_rank(catalogue, workspace.scratch / "rank")
+    make_keys_unique(catalogue, by_rank, workspace.text)
+    with files.atomic_writer(workspace.dropped) as lines:
+        decisions = _Decisions(catalogue, units, split_fates(catalogue, options, units), lines)
+        notes = {}
+        if guard is not None:
+            notes["leakage_guard"] = _exclude(decisions, guard, options.exclude_distance)
+        _drop_duplicates(decisions, workspace)
+    fates = decisions.fates
+    classes, labels = _keep_classes(decisions, classes, options)
+    fates[decisions.alive & ~np.isin(fates, [PARTS[part] for part in parts])] = OTHER
+    about = _write_orders(decisions, by_rank, workspace, parts, labels, options, len(classes))
+    by_rank.delete()
+    shards = {part: about[part].pop("shards") for part in parts}
+    for part, counts in _source_counts(decisions, options, parts).items():
+        about[part].update(counts)
+    plan = Plan(classes, shards, about, decisions.reasons["duplicate-across-classes"], notes)
     with files.atomic_writer(workspace.fate) as stream:
         np.save(stream, fates)
-    lines = (json.dumps(event, ensure_ascii=False) + "\n" for event in events)
-    files.write_text(workspace.dropped, "".join(lines))
     files.write_json(workspace.plan, plan.__dict__)
     return plan
 
 
-def load_plan(workspace: Workspace) -> Plan:
-    """The plan a former call wrote."""
+def load_plan(workspace: Workspace) -> Plan | None:
+    """The plan a former call wrote; None if another version of this program wrote it."""
     raw = files.read_json(workspace.plan, what="plan")
-    return Plan(**{**raw, "classes": tuple(raw["classes"])})
-
-
-def _drop_duplicates(
-    catalogue: Catalogue, units: list[Unit], fates: np.ndarray
-) -> Iterator[dict[str, Any]]:
-    alive = np.flatnonzero(fates <= VAL)
-    keys = (catalogue.records[name][alive] for name in ("sha_high", "sha_low", "label"))
-    dropped, kept, crossing = (alive[rows] for rows in duplicates(*keys))
-    fates[dropped] = DUPLICATE
-    for row, first in sorted(zip(dropped.tolist(), kept.tolist(), strict=True)):
-        like = f"same bytes as {catalogue.texts(first)[0]}"
-        yield _event("rejected", catalogue, units, row, "duplicate", like)
-    for one, other in sorted(crossing.tolist()):
-        like = f"same bytes as {catalogue.texts(one)[0]}"
-        yield _event("note", catalogue, units, other, "duplicate-across-classes", like)
-
-
-def _guard(options: Options) -> Guard | None:
-    if not options.exclude:
+    try:
+        return Plan(**{**raw, "classes": tuple(raw["classes"])})
+    except TypeError:
         return None
-    return load_guard(options.exclude, near=options.exclude_distance > 0)
 
 
-def _exclude(
-    catalogue: Catalogue, units: list[Unit], fates: np.ndarray, guard: Guard, distance: int
-) -> Iterator[dict[str, Any]]:
-    found = exact_matches(catalogue.records, guard)
-    for row, sha in catalogue.raw_shas.items():
-        found[row] |= sha in guard.shas
-    if guard.names:
-        for row in range(len(found)):
-            key, member = catalogue.texts(row)
-            found[row] |= key in guard.names or member in guard.names
-    for row in np.flatnonzero(found).tolist():
-        yield _event("rejected", catalogue, units, row, "excluded-exact", "on the exclusion list")
-    fates[found] = EXCLUDED
-    if not distance:
-        return
-    rows, like, apart = near_matches(catalogue.records["phash"], guard, distance)
-    for row, other, bits in zip(rows.tolist(), like.tolist(), apart.tolist(), strict=True):
-        if not found[row]:
-            detail = f"{bits} bits from {guard.titles[other]}"
-            yield _event("rejected", catalogue, units, row, "excluded-near", detail)
-    fates[rows] = EXCLUDED
+def split_fates(catalogue: Catalogue, options: Options, units: Sequence[Unit]) -> np.ndarray:
+    """uint8 (rows,): TRAIN, VAL or TEST for each image, by its source's part or the split rule."""
+    roles = np.array([PARTS[unit.split or "train"] for unit in units], np.uint8)
+    if options.split == "val" and not options.has_val_rule:
+        roles[:] = VAL
+    fates = np.zeros(len(catalogue), np.uint8)
+    best = _LowestOfClass(options.val_per_class or options.val_first_per_class)
+    for start, records in catalogue.chunks():
+        fate = roles[records["unit"]]
+        train = np.flatnonzero(fate == TRAIN)
+        if options.val_first_per_class:
+            best.add(records["label"][train], train + start, train + start)
+        elif options.val_fraction or options.val_per_class:
+            scores = _split_scores(catalogue, start, records, options.seed)[train]
+            if options.val_fraction:
+                fate[train[scores < np.uint64(int(options.val_fraction * 2**64))]] = VAL
+            else:
+                best.add(records["label"][train], scores, train + start)
+        fates[start : start + len(records)] = fate
+    fates[best.rows] = VAL
+    return fates
+
+
+def _split_scores(catalogue: Catalogue, start: int, records: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 (records,): ``key_hash(seed, "split", key)`` of each key."""
+    salt, blake = key_salt(seed, "split"), hashlib.blake2b
+    digests = b"".join(
+        blake(text[: text.index(b"\t")], digest_size=8, key=salt).digest()
+        for text in catalogue.raw_texts(start, records)
+    )
+    return np.frombuffer(digests, "<u8")
+
+
+class _LowestOfClass:
+    """The ``count`` images of each class that have the lowest scores; the earlier of equals."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._labels = self.rows = np.zeros(0, np.int64)
+        self._scores = np.zeros(0, np.uint64)
+
+    def add(self, labels: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Consider more images; ``rows`` come in ascending order."""
+        labels = np.concatenate([self._labels, labels])
+        scores = np.concatenate([self._scores, scores.astype(np.uint64)])
+        rows = np.concatenate([self.rows, rows])
+        order = np.lexsort((scores, labels))
+        labels = labels[order]
+        starts = np.searchsorted(labels, labels, side="left")
+        low = np.arange(len(order)) - starts < self._count
+        kept = order[low]
+        self._labels, self._scores, self.rows = labels[low], scores[kept], rows[kept]
+
+
+class _Bounds:
+    """Where shards begin: as many samples in each as its bytes and its count allow."""
+
+    def __init__(self, options: Options) -> None:
+        self._limit = options.shard_bytes - END
+        self._most = options.shard_samples or 1 << 62
+        self._bounds, self._total = [0], 0
+        self._bytes = self._count = 0
+
+    def add(self, sizes: np.ndarray) -> None:
+        """Place more samples, whose images have ``sizes`` bytes."""
+        ends = np.cumsum(sample_bytes(sizes))
+        place = 0
+        while place < len(sizes):
+            before = int(ends[place - 1]) if place else 0
+            room = before + self._limit - self._bytes
+            stop = int(np.searchsorted(ends, room, side="right"))
+            stop = min(stop, place + self._most - self._count)
+            if stop <= place and self._count:
+                self._bounds.append(self._total + place)
+                self._bytes = self._count = 0
+                continue
+            stop = max(stop, place + 1)  # an image larger than a shard has one of its own
+            self._bytes += int(ends[stop - 1]) - before
+            self._count += stop - place
+            place = stop
+        self._total += len(sizes)
+
+    def finish(self) -> np.ndarray:
+        """int64 (shards + 1,): first sample of each shard, then the total."""
+        end = [self._total] if self._total else []
+        return np.array([*self._bounds, *end], np.int64)
+
+
+def shard_bounds(sizes: np.ndarray, options: Options) -> np.ndarray:
+    """int64 (shards + 1,): first sample of each shard; greedy within bytes and samples allowed."""
+    bounds = _Bounds(options)
+    bounds.add(sizes)
+    return bounds.finish()
+
+
+class _PartWriter:
+    """One part's records, in the order they will be written."""
+
+    def __init__(self, stream: BinaryIO, count: int, options: Options, classes: int) -> None:
+        header = {"descr": RECORD.descr, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        self._stream = stream
+        self.bounds = _Bounds(options)
+        self.class_counts = np.zeros(classes, np.int64)
+        self.forms = np.zeros(len(FORMS), np.int64)
+
+    def add(self, records: np.ndarray, labels: np.ndarray) -> None:
+        """Append records, with their final labels."""
+        records["label"] = labels[records["label"]]
+        self._stream.write(records.tobytes())
+        self.bounds.add(records["size"])
+        self.class_counts += np.bincount(records["label"], minlength=len(self.class_counts))
+        self.forms += np.bincount(records["form"], minlength=len(FORMS))
+
+
+def _write_orders(
+    decisions: _Decisions,
+    by_rank: Spill,
+    workspace: Workspace,
+    parts: tuple[str, ...],
+    labels: np.ndarray,
+    options: Options,
+    classes: int,
+) -> dict[str, dict[str, Any]]:
+    """Write each part's records in the order of the shuffle, and its shards' bounds."""
+    catalogue, fates = decisions.catalogue, decisions.fates
+    counts = {part: int(np.count_nonzero(fates == PARTS[part])) for part in parts}
+    for part, count in counts.items():
+        if not count:
+            raise UserError(f"no image is left for the {part} part; see rejected.jsonl's reasons")
+    with ExitStack() as stack:
+        writers = {}
+        for part, count in counts.items():
+            stream = stack.enter_context(files.atomic_writer(workspace.order(part)))
+            writers[part] = _PartWriter(stream, count, options, classes)
+        for run in by_rank.runs():
+            catalogue.rename(run)
+            fate = fates[catalogue.rows(run)]
+            for part, writer in writers.items():
+                writer.add(run[fate == PARTS[part]], labels)
+    about: dict[str, dict[str, Any]] = {}
+    for part, writer in writers.items():
+        bounds = writer.bounds.finish()
+        with files.atomic_writer(workspace.bounds(part)) as stream:
+            np.save(stream, bounds)
+        forms = {FORMS[i]: int(n) for i, n in enumerate(writer.forms) if n}
+        class_counts = writer.class_counts.tolist()
+        about[part] = {
+            "shards": len(bounds) - 1,
+            "class_counts": class_counts,
+            "source_formats": forms,
+        }
+    return about
+
+
+def _source_counts(
+    decisions: _Decisions, options: Options, parts: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """Members looked at and fates of the good ones, in the part of the source each part is from."""
+    splits = [unit.split for unit in decisions.units]
+    names = sorted(set(splits))
+    roles = np.array([names.index(split) for split in splits])
+    table = np.zeros((len(names), len(FATES)), np.int64)
+    starts = decisions.catalogue.starts
+    for number, role in enumerate(roles.tolist()):
+        fates = decisions.fates[starts[number] : starts[number + 1]]
+        table[role] += np.bincount(fates, minlength=len(FATES))
+    counts = {}
+    for part in parts:
+        own = [names.index(part)] if part in names else list(range(len(names)))
+        if part not in names and "train" in names:
+            own = [names.index("train")]
+        fates = table[own].sum(axis=0)
+        seen = sum(
+            n for n, role in zip(decisions.catalogue.seen, roles, strict=True) if role in own
+        )
+        named = {FATES[i]: int(n) for i, n in enumerate(fates) if n}
+        counts[part] = {"members_seen": int(seen), "fates": named}
+    return counts
+
+
+def _drop_duplicates(decisions: _Decisions, workspace: Workspace) -> None:
+    whole = np.array([unit.split in ("val", "test") for unit in decisions.units])
+    catalogue = decisions.catalogue
+    found = find_duplicates(catalogue, decisions.alive, whole, workspace.scratch / "hashes")
+    for row, first in found.dropped.tolist():
+        like = f"same bytes as {catalogue.texts(first)[0]}"
+        decisions.drop(row, DUPLICATE, "duplicate", like)
+    for row, first in found.kept.tolist():
+        like = f"same bytes as {catalogue.texts(first)[0]}"
+        decisions.note("note", row, "duplicate-kept", like)
+    for one, other in found.crossing.tolist():
+        like = f"same bytes as {catalogue.texts(one)[0]}"
+        decisions.note("note", other, "duplicate-across-classes", like)
+
+
+def _exclude(decisions: _Decisions, guard: Guard, distance: int) -> dict[str, Any]:
+    """Leave out what is on the exclusion list, and near copies of it."""
+    catalogue, before = decisions.catalogue, Counter(decisions.reasons)
+    listed = np.array(sorted(catalogue.listed_sources), np.int64)
+    for start, records in catalogue.chunks():
+        found = exact_matches(records, guard)
+        first, last = np.searchsorted(listed, [start, start + len(records)])
+        found[listed[first:last] - start] = True
+        if guard.names:
+            found |= _named(catalogue, start, records, guard.names)
+        for row in np.flatnonzero(found).tolist():
+            decisions.drop(start + row, EXCLUDED, "excluded-exact", "on the exclusion list")
+    for start, records in catalogue.chunks() if distance else ():
+        rows, like, apart = near_matches(records["phash"], guard, distance)
+        for row, other, bits in zip(rows.tolist(), like.tolist(), apart.tolist(), strict=True):
+            if decisions.fates[start + row] != EXCLUDED:
+                detail = f"{bits} bits from {guard.titles[other]}"
+                decisions.drop(start + row, EXCLUDED, "excluded-near", detail)
+    return {"listed": guard.size, "distance": distance, **(decisions.reasons - before)}
+
+
+def _named(
+    catalogue: Catalogue, start: int, records: np.ndarray, names: frozenset[str]
+) -> np.ndarray:
+    """bool (records,): the key or the member's name is listed."""
+    raw = {name.encode("utf-8", "surrogateescape") for name in names}
+    texts = catalogue.raw_texts(start, records)
+    return np.array([not raw.isdisjoint(text.split(b"\t", 1)) for text in texts], bool)
 
 
 def _event(
-    kind: str, catalogue: Catalogue, units: list[Unit], row: int, reason: str, detail: str
+    kind: str, catalogue: Catalogue, units: Sequence[Unit], row: int, reason: str, detail: str
 ) -> dict[str, Any]:
-    record = catalogue.records[row]
+    record = catalogue.record(row)
     unit = units[record["unit"]]
     key, member = catalogue.texts(row)
     return {
         "kind": kind,
         "source": unit.label,
-        "member": member,
+        "member": escaped(member),
         "key": key,
         "label": int(record["label"]),
         "split": unit.split,
@@ -309,47 +371,22 @@ def _event(
 
 
 def _keep_classes(
-    label: np.ndarray, fates: np.ndarray, classes: tuple[str, ...], options: Options
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    decisions: _Decisions, classes: tuple[str, ...], options: Options
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Drop classes below the minimum.
 
     Returns:
-        The classes left, int64 new label of each old one, bool (records,) of those dropped.
+        The classes left, and int64 new label of each old one.
     """
-    labels = np.arange(len(classes))
-    none = np.zeros(len(label), bool)
     if not options.min_class_images:
-        return classes, labels, none
-    counts = np.bincount(label[fates <= VAL], minlength=len(classes))
+        return classes, np.arange(len(classes))
+    counts = np.zeros(len(classes), np.int64)
+    for start, records in decisions.catalogue.chunks():
+        alive = _IS_PART[decisions.fates[start : start + len(records)]]
+        counts += np.bincount(records["label"][alive], minlength=len(classes))
     keep = counts >= options.min_class_images
-    labels = np.cumsum(keep) - 1
+    for start, records in decisions.catalogue.chunks():
+        fates = decisions.fates[start : start + len(records)]
+        fates[~keep[records["label"]] & _IS_PART[fates]] = SMALL
     kept = tuple(name for name, good in zip(classes, keep, strict=True) if good)
-    return kept, labels, ~keep[label] & (fates <= VAL)
-
-
-def _with_unique_keys(catalogue: Catalogue, order: np.ndarray, workspace: Workspace) -> Catalogue:
-    """Give images that would share a key (``x.png`` beside ``x.jpg``) keys of their own.
-
-    Equal keys have equal ranks, so they are neighbours in ``order``; all but the first get a
-    suffix made from the name of the member.
-    """
-    records = catalogue.records
-    ranks = records["rank"][order]
-    taken: set[str] = set()
-    place = workspace.text.stat().st_size
-    with workspace.text.open("ab") as stream:
-        for at in np.flatnonzero(ranks[1:] == ranks[:-1]):
-            one, other = int(order[at]), int(order[at + 1])
-            key, member = catalogue.texts(other)
-            if key not in taken and catalogue.texts(one)[0] != key:
-                continue  # two keys that share 64 bits of hash by chance
-            taken.add(key)
-            name = f"{records['unit'][other]}:{records['row'][other]}:{member}"
-            suffix = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-            text = f"{key}-{suffix}\t{member}".encode("utf-8", "surrogateescape")
-            stream.write(text)
-            records["text_offset"][other], records["text_size"][other] = place, len(text)
-            place += len(text)
-    if not taken:
-        return catalogue
-    return Catalogue(records, np.memmap(workspace.text, np.uint8, "r"), catalogue.raw_shas)
+    return kept, np.cumsum(keep) - 1

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import charts
+from data_prep.names import escaped
 from data_prep.records import Workspace
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
@@ -81,7 +82,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
         ]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or directory}: {error.strerror}") from error
-    title = html.escape(f"{manifest.dataset} {manifest.split}")
+    title = _shown(f"{manifest.dataset} {manifest.split}")
     files.write_text(
         target,
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -92,8 +93,12 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     return target
 
 
+def _shown(text: str) -> str:
+    return html.escape(escaped(text))
+
+
 def _card(value: str, what: str) -> str:
-    return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>'
+    return f'<div class="card"><b>{_shown(value)}</b><span>{_shown(what)}</span></div>'
 
 
 def _head(directory: Path, manifest: Manifest) -> str:
@@ -110,9 +115,9 @@ def _head(directory: Path, manifest: Manifest) -> str:
     ]
     release = manifest.provenance.get("release", "unknown")
     return (
-        f"<h1>{html.escape(manifest.dataset)}, {html.escape(manifest.split)} part</h1>"
-        f'<p class="quiet">{html.escape(str(directory))} · release recognised:'
-        f" <b>{html.escape(release)}</b> · manifest <code>{manifest.hash[:16]}</code> · classes"
+        f"<h1>{_shown(manifest.dataset)}, {_shown(manifest.split)} part</h1>"
+        f'<p class="quiet">{_shown(str(directory))} · release recognised:'
+        f" <b>{_shown(release)}</b> · manifest <code>{manifest.hash[:16]}</code> · classes"
         f' <code>{manifest.class_hash[:16]}</code></p><div class="cards">{"".join(cards)}</div>'
     )
 
@@ -185,7 +190,7 @@ def _decisions(manifest: Manifest, workspace: Workspace) -> str:
     for kind, word, tone in [("repaired", "Repaired", "warn"), ("rejected", "Left out", "bad")]:
         pairs = sorted(reasons.get(kind, {}).items(), key=lambda pair: -pair[1])
         pictures = "".join(
-            f"<h3>{html.escape(reason)}</h3>{_strip(shelves[f'{kind}: {reason}'])}"
+            f"<h3>{_shown(reason)}</h3>{_strip(shelves[f'{kind}: {reason}'])}"
             for reason, _ in pairs
             if shelves.get(f"{kind}: {reason}")
         )
@@ -207,9 +212,9 @@ def _strip(pictures: list[dict[str, Any]]) -> str:
 
 
 def _figure(data: str, caption: str, title: str) -> str:
-    words = html.escape(caption)
+    words = _shown(caption)
     return (
-        f'<figure title="{html.escape(title or caption)}"><img alt="{words}"'
+        f'<figure title="{_shown(title or caption)}"><img alt="{words}"'
         f' src="data:image/jpeg;base64,{data}"><figcaption>{words}</figcaption></figure>'
     )
 
@@ -232,11 +237,11 @@ def _sheet(directory: Path, manifest: Manifest) -> str:
     blocks = []
     for label in sorted(shelves):
         figures = "".join(
-            f'<figure title="{html.escape(key)}"><img alt="{html.escape(key)}"'
+            f'<figure title="{_shown(key)}"><img alt="{_shown(key)}"'
             f' src="data:image/jpeg;base64,{data}"></figure>'
             for key, data in shelves[label]
         )
-        title = html.escape(_title(manifest, label))
+        title = _shown(_title(manifest, label))
         blocks.append(
             f'<div><h3 title="{title}">{title}</h3><div class="strip">{figures}</div></div>'
         )
@@ -297,7 +302,7 @@ def _provenance(manifest: Manifest) -> str:
         ("class hash", manifest.class_hash),
     ]
     rows = "".join(
-        f"<tr><td>{name}</td><td>{html.escape(str(value))}</td></tr>" for name, value in pairs
+        f"<tr><td>{name}</td><td>{_shown(str(value))}</td></tr>" for name, value in pairs
     )
     return f"<section><h2>Provenance</h2><table>{rows}</table></section>"
 

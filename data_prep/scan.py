@@ -6,25 +6,23 @@ import base64
 import contextlib
 import hashlib
 import io
-import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from data_prep.archives import Damaged
-from data_prep.clean import CleanImage, Refused, clean
+from data_prep.clean import PIL_FORMATS, CleanImage, Refused, clean
+from data_prep.names import escaped, sample_key
 from data_prep.options import Options
 from data_prep.records import FORMS, RECORD, REPAIRED, SPOOLED, UnitResult, Workspace, key_hash
 from data_prep.sources import Raw, Unit, read_unit
 from l2vit import files
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
-_KEY_LIMIT = 80  # the tar header holds 100 bytes, extension included
+_NAME_LIMIT = 4096
 _THUMBNAIL = 96
 _THUMBNAIL_BYTES = 16 << 20
 _THUMBNAILS = 3  # per reason and unit
@@ -37,21 +35,6 @@ class ScanContext:
     options: Options
     workspace: Workspace
     labels: dict[str, int]
-
-
-def sample_key(class_id: str, member: str) -> str:
-    """Key of a sample: the member's stem, led by its class, in letters that no reader minds.
-
-    A dot would end the key for webdataset, a slash or ``..`` would be a path.
-    """
-    stem = member.rsplit(".", 1)[0] if "." in Path(member).name else member
-    stem = _UNSAFE.sub("_", stem.lstrip("./"))
-    prefix = _UNSAFE.sub("_", class_id)
-    if not stem.startswith(f"{prefix}_") and not stem.startswith("ILSVRC2012_val_"):
-        stem = f"{prefix}_{stem}"
-    if len(stem) > _KEY_LIMIT:
-        stem = f"{stem[: _KEY_LIMIT - 17]}-{hashlib.sha256(member.encode()).hexdigest()[:16]}"
-    return stem
 
 
 def scan_unit(scan: ScanContext, unit: Unit) -> int:
@@ -71,7 +54,7 @@ def scan_unit(scan: ScanContext, unit: Unit) -> int:
                 raise
             # One bad class archive inside a sound outer one must not stop the other 21,840.
             whole = Raw("", unit.offset, unit.size, unit.class_id)
-            writer.refuse(whole, "damaged-archive", str(error))
+            writer.refuse(whole, "damaged-archive", str(error), lost=error.lost)
     part = writer.result()
     part.save(path)
     return part.seen
@@ -96,6 +79,9 @@ class _UnitScanner:
         if raw.problem:
             self.refuse(raw, raw.problem, "")
             return
+        if len(raw.name) > _NAME_LIMIT:
+            self.refuse(replace(raw, name=f"{raw.name[:100]}..."), "name-too-long", "")
+            return
         try:
             good = clean(raw.data, self.scan.options.rules)
         except Refused as refusal:
@@ -104,9 +90,9 @@ class _UnitScanner:
         self._forms[good.form] += 1
         self._keep(raw, good)
 
-    def refuse(self, raw: Raw, reason: str, detail: str) -> None:
+    def refuse(self, raw: Raw, reason: str, detail: str, **more: int) -> None:
         """Note that a member is left out."""
-        self._event("rejected", raw, [reason], detail)
+        self._event("rejected", raw, [reason], detail, **more)
 
     def _keep(self, raw: Raw, good: CleanImage) -> None:
         key = sample_key(raw.class_id, raw.name)
@@ -152,12 +138,14 @@ class _UnitScanner:
         self._spool.write(data)
         self._spool_place += len(data)
 
-    def _event(self, kind: str, raw: Raw, reasons: list[str], detail: str, **more: str) -> None:
+    def _event(
+        self, kind: str, raw: Raw, reasons: list[str], detail: str, **more: str | int
+    ) -> None:
         event: dict[str, Any] = {
             "kind": kind,
             "row": len(self.rows) if kind == "repaired" else -1,
             "source": self.unit.label,
-            "member": raw.name,
+            "member": escaped(raw.name),
             "class": raw.class_id,
             "split": self.unit.split,
             "reason": "+".join(reasons),
@@ -190,7 +178,7 @@ def thumbnail(data: bytes) -> str:
     try:
         if data[:2] == b"\x1f\x8b":
             data = zlib.decompressobj(wbits=31).decompress(data, _THUMBNAIL_BYTES)
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
         if image.width * image.height > 50_000_000:
             return ""
         image.draft("RGB", (_THUMBNAIL * 2, _THUMBNAIL * 2))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.clean import Refused, clean
+from data_prep.names import escaped
 from data_prep.options import Options
 from data_prep.records import SPOOLED, Workspace
 from data_prep.sources import Unit
@@ -264,13 +265,13 @@ def read_window(
             if spooled and writing.again:
                 image = clean(image, writing.options.rules).data
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise UserError(f"cannot read {escaped(path)}: {error.strerror}") from error
         except Refused:
             image = b""  # the hash below tells
         if not _is_hashed(image, record):
             raise UserError(
-                f"{path} changed since it was checked (at {texts[place][1]}): start again with an"
-                " empty --out"
+                f"{escaped(path)} changed since it was checked (at {escaped(texts[place][1])}):"
+                " start again with an empty --out"
             )
         images[place] = image
     return images

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import shutil
-import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
+from data_prep import archives
+from data_prep.names import escaped, is_hidden
 from data_prep.records import Workspace
 from l2vit import files
 from l2vit.errors import UserError
@@ -16,12 +18,19 @@ from l2vit.errors import UserError
 _COPY = 4 << 20
 
 
-def stage(path: Path, workspace: Workspace) -> list[tuple[Path, str]]:
+def stage(
+    path: Path, workspace: Workspace, leave: Callable[[archives.Member], None]
+) -> list[tuple[Path, str]]:
     """Unpack the class tars of ``path`` into the build directory, each complete or absent.
 
     A global shuffle reads images in another order than they lie in, and a gzip stream cannot be
     sought in: some seekable copy is needed, and the class tars are the smallest honest one.
     Continues where an earlier call was killed.
+
+    Args:
+        path: the gzip file.
+        workspace: where copies go.
+        leave: told of each member that is no class tar.
 
     Returns:
         (staged file, member name) in archive order; one pair with an empty name where ``path``
@@ -30,22 +39,30 @@ def stage(path: Path, workspace: Workspace) -> list[tuple[Path, str]]:
     Raises:
         UserError: ``path`` is damaged or cut short, or the disk is full.
     """
-    record = workspace.root / "staged" / f"{files.sha256_bytes(str(path).encode())[:16]}.json"
+    name = files.sha256_bytes(str(path).encode("utf-8", "surrogateescape"))[:16]
+    record = workspace.root / "staged" / f"{name}.json"
     folder = record.with_suffix("")
     if record.exists():
-        names = files.read_json(record, what="staging record")
-        pairs = [(_staged(folder, index), name) for index, name in enumerate(names)]
+        known = files.read_json(record, what="staging record")
+        pairs = [(_staged(folder, index), name) for index, name in enumerate(known["names"])]
         if all(staged.is_file() for staged, _ in pairs):
+            for values in known["left"]:
+                leave(archives.Member(*values))
             return pairs
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"staging {path} (gzip cannot be sought in) ...", flush=True)
+    what = escaped(str(path))
+    print(f"staging {what} (gzip cannot be sought in) ...", flush=True)
+    left: list[archives.Member] = []
     try:
-        pairs = list(_unpack(path, folder))
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): download it again") from error
+        pairs = list(_unpack(path, what, folder, left))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{what} is damaged or cut short ({error}): download it again") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    files.write_json(record, [name for _, name in pairs])
+        raise UserError(f"cannot read {what}: {error.strerror or error}") from error
+    for member in left:
+        leave(member)
+    names = [name for _, name in pairs]
+    files.write_json(record, {"names": names, "left": [astuple(member) for member in left]})
     return pairs
 
 
@@ -53,31 +70,38 @@ def _staged(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.tar"
 
 
-def _unpack(path: Path, folder: Path) -> Iterator[tuple[Path, str]]:
-    with gzip.open(path) as plain, tarfile.open(fileobj=plain, mode="r|", bufsize=_COPY) as outer:
-        index = 0
-        for member in outer:
-            outer.members.clear()  # type: ignore[attr-defined]
-            if not member.isreg():
+def _unpack(
+    path: Path, what: str, folder: Path, left: list[archives.Member]
+) -> Iterator[tuple[Path, str]]:
+    index = 0
+    with gzip.open(path) as plain:
+        for member in archives.members(plain, None, what):  # type: ignore[arg-type]
+            if member.problem or is_hidden(member.name) or not member.name.endswith(".tar"):
+                if not (index or member.problem or is_hidden(member.name)):
+                    break  # an image: the archive is one class's
+                left.append(member)
                 continue
-            if not member.name.endswith(".tar"):
-                break
             target = _staged(folder, index)
+            plain.seek(member.offset)
             if not (target.is_file() and target.stat().st_size == member.size):
-                content = outer.extractfile(member)
-                assert content is not None
                 with files.atomic_writer(target) as stream:
-                    shutil.copyfileobj(content, stream, _COPY)
-                if target.stat().st_size != member.size:
-                    target.unlink()
-                    raise EOFError(f"{member.name} ends early")
+                    _copy(plain, stream, member.size, escaped(member.name))
             yield target, member.name
             index += 1
-        else:
-            return
     if index:
-        raise UserError(f"{path} mixes class archives and images")
+        return
+    left.clear()
     target = _staged(folder, 0)
     with gzip.open(path) as plain, files.atomic_writer(target) as stream:
-        shutil.copyfileobj(plain, stream, _COPY)
+        _copy(plain, stream)
     yield target, ""
+
+
+def _copy(source: Any, target: Any, size: int | None = None, what: str = "") -> None:
+    left = size
+    while chunk := source.read(_COPY if left is None else min(left, _COPY)):
+        target.write(chunk)
+        if left is not None:
+            left -= len(chunk)
+    if left:
+        raise EOFError(f"{what} ends early")

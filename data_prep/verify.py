@@ -12,11 +12,12 @@ import numpy as np
 
 from data_prep.archives import Damaged, members, open_window
 from data_prep.clean import Refused, clean
+from data_prep.listing import list_sources
 from data_prep.options import Options, Rules
 from data_prep.pool import Progress, parallel_map
 from data_prep.records import Workspace
 from data_prep.shards import WriteContext, shard_records, write_info, write_records
-from data_prep.sources import list_units, load_units
+from data_prep.sources import Listing
 from l2vit import files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
 from l2vit.data.shards import CHECKSUM_SUFFIX, LABELS_SUFFIX, checksum
@@ -95,9 +96,9 @@ def repair(directory: Path, manifest: Manifest, findings: list[Finding]) -> list
     if not workspace.order(manifest.split).is_file():
         raise UserError(f"--repair needs {workspace.root}, which the build left; build anew")
     options = Options.from_identity(manifest.provenance["options"], directory)
-    units, _ = load_units(workspace)
+    units = Listing.load(workspace).units
     if any(str(workspace.root / "staged") in unit.path for unit in units):
-        list_units(options, workspace)  # unpacks gzip sources again
+        list_sources(options, workspace)  # unpacks gzip sources again
     writing = WriteContext(options, workspace, tuple(units), manifest.split, directory, again=True)
     left = []
     for finding in findings:

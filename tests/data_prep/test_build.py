@@ -82,7 +82,7 @@ def test_every_kind_of_source_gives_the_same_shards(kind, tmp_path, run, referen
     dataset = "folder" if kind == "folders" else "imagenet22k"
     out = tmp_path / "out"
     words = ("build", "--dataset", dataset, "--source", *sources, "--out", out)
-    assert run(*words, "--workers", 2, "--shard-samples", 16) == 0
+    assert run(*words, "--workers", 2, "--shard-samples", 16, "--split", "train") == 0
     shards = {name: sha for name, sha in tree(out).items() if name.startswith("shard-")}
     expected = {name: sha for name, sha in tree(reference).items() if name.startswith("shard-")}
     assert shards == expected
@@ -290,7 +290,7 @@ def test_folder_keys_are_unique_and_harmless(tmp_path, run):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(jpeg(seed))
     words = ("build", "--dataset", "folder", "--source", root, "--out", tmp_path / "out")
-    assert run(*words, "--workers", 1) == 0
+    assert run(*words, "--workers", 1, "--split", "train") == 0
     keys = [key for key, _, _ in samples(tmp_path / "out")]
     assert len(set(keys)) == 6
     assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for key in keys)

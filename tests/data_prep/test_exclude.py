@@ -87,7 +87,8 @@ def leaky(tmp_path_factory):
         (root / f"val_classes/c/{number}.jpg").write_bytes(data)
     from data_prep.__main__ import main
 
-    assert main([*words, "--out", str(root / "val_shards"), "--workers", "1"]) == 0
+    words += ["--split", "val", "--out", str(root / "val_shards")]
+    assert main([*words, "--workers", "1"]) == 0
     return root
 
 

@@ -71,6 +71,7 @@ def test_member_names_never_become_paths(hostile, tmp_path, run):
         "n95000000_9.JPEG": "not-a-file",
         "deeper.tar": "nested-archive",
         "n95000000_11.JPEG": "too-many-bytes",
+        "readme.txt": "outside-classes",
     }
 
 
