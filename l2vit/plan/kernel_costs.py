@@ -56,6 +56,15 @@ def _linear_attention(
     return cost
 
 
+def _window_attention(products: int) -> Callable[[dict[str, Any]], KernelCost]:
+    def cost(given: dict[str, Any]) -> KernelCost:
+        elements, tokens = given["qkv"].numel() / 3, given["SIZE"] ** 2
+        flops = 2.0 * products * elements * tokens
+        return KernelCost("softmax attention", "matmul", flops, memory_share=0.8)
+
+    return cost
+
+
 _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
     "forward_kernel": _depthwise("forward"),
     "weight_gradient_kernel": _depthwise("weight gradient"),
@@ -63,6 +72,9 @@ _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
     "out_kernel": _linear_attention(1, 0.65, dots=1, qkv=_THIRD),
     "query_gradient_kernel": _linear_attention(3, 0.45, qkv=_THIRD, grad_qkv=_THIRD),
     "key_value_gradient_kernel": _linear_attention(2, 0.8, qkv=2 * _THIRD, grad_qkv=2 * _THIRD),
+    "window_attention_kernel": _window_attention(2),
+    "window_gradient_kernel": _window_attention(5),
+    "window_gradient_in_blocks_kernel": _window_attention(7),
 }
 
 

@@ -18,9 +18,10 @@ from l2vit.models.ops import gpu
 triton = pytest.importorskip("triton")
 
 
-def test_interpreted():
-    """Against float64, without a GPU; see interpreted_kernels.py."""
-    file = Path(__file__).with_name("interpreted_kernels.py")
+@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_window_attention.py"])
+def test_interpreted(name):
+    """Against float64, without a GPU; see the file."""
+    file = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
@@ -31,16 +32,20 @@ def test_interpreted():
 
 
 ATTENTION = {"D": 32, "BLOCK": 32}
+WINDOW_BLOCK = {"BLOCK": 64, "PRECISION": "tf32"}
 CASES = [
     ("linear_attention", "context_kernel", {}),
     ("linear_attention", "out_kernel", {"HAS_SCALE": True}),
     ("linear_attention", "query_gradient_kernel", {"HAS_SCALE": True}),
     ("linear_attention", "key_value_gradient_kernel", {}),
+    ("window_attention", "window_attention_kernel", {"SIZE": 7}),
+    ("window_attention", "window_gradient_kernel", {"SIZE": 7}),
+    ("window_attention", "window_gradient_in_blocks_kernel", {"SIZE": 12}),
     ("depthwise", "forward_kernel", {"HAS_BIAS": True, "K": 7, "BLOCK_W": 16, "BLOCK_C": 64}),
     ("depthwise", "weight_gradient_kernel", {"K": 7, "KP": 8, "BLOCK_W": 8, "BLOCK_C": 32}),
 ]
 POINTERS = ("qkv", "x", "out", "grad", "grad_qkv", "weight", "bias")
-SUMS = ("context", "total", "scale", "part", "grad_context", "grad_total", "grad_scale")
+SUMS = ("lse", "context", "total", "scale", "part", "grad_context", "grad_total", "grad_scale")
 
 
 def build(module, name, constants, kind, architecture):
@@ -52,13 +57,17 @@ def build(module, name, constants, kind, architecture):
     if module == "linear_attention":
         precision = "ieee" if kind == "fp32" else "tf32"
         constants = ATTENTION | {"PRECISION": precision} | constants
+    if module == "window_attention":
+        block = {"BLOCK": 32, "PRECISION": "ieee"} if kind == "fp32" else WINDOW_BLOCK
+        constants = {"D": 32} | block | constants
     kernel = getattr(loaded, name)
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"clamp": "fp32"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"clamp": "fp32", "factor": "fp32"}
     signature |= dict.fromkeys(POINTERS, f"*{kind}") | dict.fromkeys(SUMS, "*fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {argument: signature[argument] for argument in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    stages = {"num_stages": 1} if module == "window_attention" and kind == "fp32" else {}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=stages)
 
 
 @pytest.mark.parametrize(("kind", "architecture"), [("bf16", 80), ("bf16", 90), ("fp32", 90)])
@@ -85,7 +94,7 @@ def test_compiles_where_sizes_are_one(module, name, constants, tmp_path, monkeyp
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arguments = getattr(pytest.importorskip(f"l2vit.models.ops.triton_{module}"), name).arg_names
     ones = {argument: 1 for argument in (*ONES, "chunk") if argument in arguments}
-    narrow = {"D": 16} if module == "linear_attention" else {}
+    narrow = {} if module == "depthwise" else {"D": 16}
     assert build(module, name, constants | ones | narrow, "fp16", 90).asm["cubin"]
 
 
@@ -100,6 +109,14 @@ def able(monkeypatch):
         monkeypatch.setattr(gpu, "_check", lambda kernel: check)
 
     return install
+
+
+def test_attention_of_more_windows_than_a_grid_takes(monkeypatch):
+    monkeypatch.setattr(ops, "LARGEST_GRID", 3)
+    torch.manual_seed(0)
+    tokens = torch.randn(8, 49, 3 * 64)
+    whole = ops.join_heads(ops.softmax_attention(*ops.split_qkv(tokens, 2)))
+    torch.testing.assert_close(ops._in_parts(tokens, 2), whole)
 
 
 def test_a_kernel_that_disagrees_is_left_alone(able):

@@ -33,6 +33,8 @@ __all__ = [
 
 Order = Literal["auto", "kv", "qk"]
 _TRITON_HEAD_WIDTHS = (16, 32)
+LARGEST_GRID = 32768
+"""Sequences that PyTorch's fused attention gets at once: with 65,536 CUDA refuses its grid."""
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -122,16 +124,27 @@ def window_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
     Returns:
         (B, H, W, C)
     """
-    b, h, w, _ = qkv.shape
+    b, h, w, width = qkv.shape
+    if width // (3 * num_heads) in _TRITON_HEAD_WIDTHS and gpu.may_run("window_attention", qkv):
+        return torch.ops.l2vit.window_attention(qkv, num_heads, window)[0]
     by_index = has_open_sizes(h, w)
     if by_index:
         tokens = windows.partition_by_index(qkv, window)
     else:
         tokens = windows.partition(qkv, window, window)
-    out = join_heads(softmax_attention(*split_qkv(tokens, num_heads)))
+    if by_index or tokens.device.type == "cpu" or statically_true(len(tokens) <= LARGEST_GRID):
+        out = join_heads(softmax_attention(*split_qkv(tokens, num_heads)))
+    else:
+        out = _in_parts(tokens, num_heads)
     if by_index:
         return windows.merge_by_index(out, window, b, h, w)
     return windows.merge(out, window, window, h, w)
+
+
+def _in_parts(tokens: Tensor, num_heads: int) -> Tensor:
+    """Attention of (n, N, 3·C), no more sequences at once than a kernel's grid takes."""
+    parts = [split_qkv(part, num_heads) for part in tokens.split(LARGEST_GRID)]
+    return torch.cat([join_heads(softmax_attention(*part)) for part in parts])
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -38,7 +38,7 @@ def use_triton(on: bool) -> Iterator[None]:
 
 
 def may_run(kernel: str, x: Tensor) -> bool:
-    """Whether a kernel (linear_attention, depthwise) is to be used for ``x`` instead of PyTorch."""
+    """Whether a kernel (see ``_check``) is to be used for ``x`` instead of PyTorch."""
     if not _on or x.device.type not in _DEVICES or x.dtype not in _DTYPES:
         return False
     if not (compiling() or plain_eager()):
@@ -69,6 +69,8 @@ def _check(kernel: str) -> Check:
     """The comparison of a kernel with its reference; importing it registers the operator."""
     if kernel == "linear_attention":
         from l2vit.models.ops.triton_linear_attention import check
+    elif kernel == "window_attention":
+        from l2vit.models.ops.triton_window_attention import check
     else:
         from l2vit.models.ops.triton_depthwise import check
     return check
