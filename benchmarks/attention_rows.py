@@ -6,8 +6,8 @@ when that query is doubled, and the share of pairs of different queries of one i
 row. A row is what the attention itself gives the tokens; the convolutions that enhanced, focused
 and injective attention have beside it are not in it.
 
-The host is a DeiT of 4 blocks and 96 channels on scikit-learn's 1,797 scanned digits at 112 pixels
-(49 patches and a class token), trained with plain AdamW on all but the last 297.
+The backbone is a DeiT of 4 blocks and 96 channels on scikit-learn's 1,797 scanned digits at 112
+pixels (49 patches and a class token), trained with plain AdamW on all but the last 297.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HELD_OUT = 297
 EVERY = 10  # one query in so many is doubled at a time: SimA's norms run over all of them
 
 
-def small_host(name: str, own: dict[str, Any]) -> Deit:
+def small_backbone(name: str, own: dict[str, Any]) -> Deit:
     """The small DeiT with this attention, random weights, ten classes."""
     torch.manual_seed(0)
     sizes = {"img_size": 112, "embed_dim": 96, "depth": 4, "num_heads": 3}

@@ -1,15 +1,15 @@
-"""Every attention of this package in one host: time and memory against tokens, and two properties.
+"""Every attention of this package in one backbone: time, memory, and two properties of the rows.
 
 `python benchmarks/attentions.py --out DIR` writes attentions.json, attentions.md, attentions.png.
 The JSON file grows with every measurement; the same command goes on where an earlier one stopped.
 
-The host is DeiT-Tiny (12 blocks, 192 channels); images of 224 to 1,792 pixels make 196 to 12,544
-tokens, and a class token. Each attention comes as its paper has it: enhanced with its 3×3 local
-concentration, injective with 6 heads. Rounds go through all attentions in turn, each pass in a
-fresh process. On a CPU time is the process's CPU time, which other programs disturb least. Memory
+The backbone is DeiT-Tiny (12 blocks, 192 channels); images of 224 to 1,792 pixels make 196 to
+12,544 tokens, and a class token. Each attention comes as its paper has it: enhanced with its 3×3
+local concentration, injective with 6 heads. Rounds go through all attentions in turn, each pass in
+a fresh process. On a CPU time is the process's CPU time, which other programs disturb least. Memory
 is what a pass adds at its peak: allocated bytes on a GPU, resident bytes on a CPU.
 
-The properties (attention_rows.py) are measured on random and on trained weights of a small host.
+The properties (attention_rows.py) are measured on a small backbone, random and trained.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", nargs="*", choices=MODES, default=list(MODES))
     add("--batch", type=int, default=1)
     add("--rounds", type=int, default=3, help="over all attentions in turn")
-    add("--depth", type=int, default=12, help="blocks of the host")
+    add("--depth", type=int, default=12, help="blocks of the backbone")
     add("--threads", type=int, default=1, help="on a CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, default=180.0, help="a longer pass is skipped, and said so")
@@ -316,7 +316,7 @@ def measure_properties(book: Book, options: argparse.Namespace) -> None:
         if "trained" in (row := book.row("properties", **key)):
             continue
         began = time.monotonic()
-        model = attention_rows.small_host(name, OWN.get(name, {}))
+        model = attention_rows.small_backbone(name, OWN.get(name, {}))
         images, _ = attention_rows.digits()
         row["random"] = attention_rows.observe(model, images[-options.images :])
         row["accuracy"] = attention_rows.train(model, options.epochs)

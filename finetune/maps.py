@@ -23,7 +23,7 @@ class AttentionMap:
 
     layer: str
     kind: str
-    """linear or window; in the other hosts softmax, focused, injective, ..."""
+    """linear or window; in the other backbones softmax, focused, injective, ..."""
     grid: tuple[int, int]
     weights: Tensor
     """(N, N) fp32: row i is what token i takes from every token."""

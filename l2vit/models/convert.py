@@ -234,7 +234,7 @@ def _sides(tensor: Tensor) -> str:
 
 
 class _Settings:
-    """Stands for a yacs CfgNode, which some files hold beside the weights and nobody here needs."""
+    """Stands for a yacs CfgNode, which some files hold beside the weights; it is not needed."""
 
     def __new__(cls, *_: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]
         """The weights-only unpickler fills no mapping but its own three kinds."""

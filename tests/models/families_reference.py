@@ -14,7 +14,7 @@ import torch
 class Network:
     """One released network: what its key names do not tell."""
 
-    host: str  # swin, pvt, pvt_v2, cswin, deit
+    backbone: str  # swin, pvt, pvt_v2, cswin, deit
     kind: str  # focused, injective
     dims: tuple
     depths: tuple
@@ -26,7 +26,7 @@ class Network:
     sr: tuple = (1, 1, 1, 1)  # of softmax blocks in pvt
 
     def side(self, stage):
-        return self.size // 16 if self.host == "deit" else self.size // (4 * 2**stage)
+        return self.size // 16 if self.backbone == "deit" else self.size // (4 * 2**stage)
 
     def linear(self, stage):
         return self.types[stage] == "L"
@@ -62,33 +62,33 @@ def affine(name, out, inside=None, bias=True):
 
 def block_shapes(net, stage, ratio=4):
     dim, heads, side = net.dims[stage], net.heads[stage], net.side(stage)
-    prefix = "" if net.host == "cswin" else "attn."
+    prefix = "" if net.backbone == "cswin" else "attn."
     shapes = {
         **affine("norm1", dim),
         **affine("norm2", dim),
         **affine(f"{prefix}proj", dim, (dim,)),
     }
     shapes |= affine("mlp.fc1", ratio * dim, (dim,)) | affine("mlp.fc2", dim, (ratio * dim,))
-    if net.host.startswith("pvt"):
+    if net.backbone.startswith("pvt"):
         shapes |= affine("attn.q", dim, (dim,)) | affine("attn.kv", 2 * dim, (dim,))
         r = net.ratio(stage)
         if r > 1:
             shapes |= affine("attn.sr", dim, (dim, r, r)) | affine("attn.norm", dim)
     else:
         shapes |= affine(f"{prefix}qkv", 3 * dim, (dim,))
-    if net.host == "cswin":
+    if net.backbone == "cswin":
         two = not net.linear(stage) and stripe(net, stage) is not None
         for b in range(2 if two else 1):
             width = dim // 2 if two else dim
             shapes |= affine(f"attns.{b}.get_v", width, (1, 3, 3))
         prefix = "attns.0."
     if net.linear(stage):
-        tokens = side * side + (net.host == "deit")
+        tokens = side * side + (net.backbone == "deit")
         shapes |= {prefix + k: s for k, s in core_shapes(net, stage, dim, heads, tokens).items()}
-    elif net.host == "swin":
+    elif net.backbone == "swin":
         w = min(net.window, side)
         shapes["attn.relative_position_bias_table"] = ((2 * w - 1) ** 2, heads)
-    if net.host == "pvt_v2":
+    if net.backbone == "pvt_v2":
         shapes |= affine("mlp.dwconv.dwconv", ratio * dim, (1, 3, 3))
     return shapes
 
@@ -97,47 +97,47 @@ def released_shapes(net):
     """Every learned tensor of the network's file, by its released name."""
     dims, shapes = net.dims, {}
     stages = range(len(dims))
-    mlp = (8, 8, 4, 4) if net.host.startswith("pvt") else (4, 4, 4, 4)
+    mlp = (8, 8, 4, 4) if net.backbone.startswith("pvt") else (4, 4, 4, 4)
     name = {
         "swin": "layers.{0}.blocks.{2}.",
         "pvt": "block{1}.{2}.",
         "pvt_v2": "block{1}.{2}.",
         "cswin": "stage{1}.{2}.",
         "deit": "blocks.{2}.",
-    }[net.host]
+    }[net.backbone]
     for i in stages:
         for j in range(net.depths[i]):
             own = block_shapes(net, i, mlp[i])
             shapes |= {name.format(i, i + 1, j) + key: shape for key, shape in own.items()}
     inside = (3, *dims[:-1])
     for i in stages:
-        if net.host.startswith("pvt"):
-            kernel = (4 if i == 0 else 2) if net.host == "pvt" else (7 if i == 0 else 3)
+        if net.backbone.startswith("pvt"):
+            kernel = (4 if i == 0 else 2) if net.backbone == "pvt" else (7 if i == 0 else 3)
             conv = (inside[i], kernel, kernel)
             shapes |= affine(f"patch_embed{i + 1}.proj", dims[i], conv)
             shapes |= affine(f"patch_embed{i + 1}.norm", dims[i])
-            if net.host == "pvt":
+            if net.backbone == "pvt":
                 shapes[f"pos_embed{i + 1}"] = (1, net.side(i) ** 2, dims[i])
             else:
                 shapes |= affine(f"norm{i + 1}", dims[i])
-        elif net.host == "cswin" and i:
+        elif net.backbone == "cswin" and i:
             shapes |= affine(f"merge{i}.conv", dims[i], (dims[i - 1], 3, 3))
             shapes |= affine(f"merge{i}.norm", dims[i])
-        elif net.host == "swin" and i:
+        elif net.backbone == "swin" and i:
             down = f"layers.{i - 1}.downsample"
             shapes |= affine(f"{down}.norm", 4 * dims[i - 1])
             shapes |= affine(f"{down}.reduction", dims[i], (4 * dims[i - 1],), bias=False)
-    if net.host == "swin":
+    if net.backbone == "swin":
         shapes |= affine("patch_embed.proj", dims[0], (3, 4, 4)) | affine(
             "patch_embed.norm", dims[0]
         )
-    elif net.host == "cswin":
+    elif net.backbone == "cswin":
         shapes |= affine("stage1_conv_embed.0", dims[0], (3, 7, 7))
         shapes |= affine("stage1_conv_embed.2", dims[0])
-    elif net.host == "deit":
+    elif net.backbone == "deit":
         shapes |= affine("patch_embed.proj", dims[0], (3, 16, 16))
         shapes |= {"cls_token": (1, 1, dims[0]), "pos_embed": (1, 1 + net.side(0) ** 2, dims[0])}
-    if not net.host.startswith("pvt"):
+    if not net.backbone.startswith("pvt"):
         shapes |= affine("norm", dims[-1])
     return shapes | affine("head", net.classes, (dims[-1],))
 
@@ -214,7 +214,7 @@ def tokens_of(picture):
 
 
 def focused_matrices(q, k, weights, heads, prefix=""):
-    """The weights of each head, (heads, N, n), and q, k after focusing (section 1, steps 1-4)."""
+    """The weights of each head, (heads, N, n), and q, k after focusing (focusing, steps 1-4)."""
     softplus = torch.log(1 + torch.exp(weights[f"{prefix}scale"][0, 0]))
     k = k + weights[f"{prefix}positional_encoding"][0]
     q, k = ((t.clamp(min=0) + 1e-6) / softplus for t in (q, k))
@@ -356,8 +356,8 @@ def crossed(q, k, v, weights, name, heads, side, width):
 def attention(net, x, raw, weights, name, stage, index):
     """Attention of one block on normalised tokens (N, C), output projection included."""
     heads, side = net.heads[stage], net.side(stage)
-    inner = f"{name}attn." if net.host != "cswin" else name
-    if net.host.startswith("pvt"):
+    inner = f"{name}attn." if net.backbone != "cswin" else name
+    if net.backbone.startswith("pvt"):
         keys, r = x, net.ratio(stage)
         if r > 1:
             kernel, bias = weights[f"{inner}sr.weight"], weights[f"{inner}sr.bias"]
@@ -368,19 +368,19 @@ def attention(net, x, raw, weights, name, stage, index):
     else:
         q, k, v = linear(x, weights, f"{inner}qkv").chunk(3, -1)
     if net.linear(stage):
-        core = f"{name}attns.0." if net.host == "cswin" else inner
+        core = f"{name}attns.0." if net.backbone == "cswin" else inner
         if net.kind == "focused":
             out = focused(q, k, v, weights, core, heads, side)
         else:
-            source = raw if net.host == "cswin" else x
-            skip = 1 if net.host == "deit" else 0
+            source = raw if net.backbone == "cswin" else x
+            skip = 1 if net.backbone == "deit" else 0
             out = injective(q, k, v, source, weights, core, heads, side, skip)
-        if net.host == "cswin":
+        if net.backbone == "cswin":
             kernel, bias = weights[f"{core}get_v.weight"][:, 0], weights[f"{core}get_v.bias"]
             out = out + tokens_of(depthwise(picture_of(v, side), kernel, bias))
-    elif net.host == "swin":
+    elif net.backbone == "swin":
         out = shifted_windows(q, k, v, weights, f"{name}attn", heads, side, net.window, index)
-    elif net.host == "cswin":
+    elif net.backbone == "cswin":
         out = crossed(q, k, v, weights, f"{name}attns", heads, side, stripe(net, stage))
     else:
         out = softmax(q, k, v, heads)
@@ -389,7 +389,7 @@ def attention(net, x, raw, weights, name, stage, index):
 
 def mlp(net, x, weights, name, stage):
     x = linear(x, weights, f"{name}mlp.fc1")
-    if net.host == "pvt_v2":
+    if net.backbone == "pvt_v2":
         conv = f"{name}mlp.dwconv.dwconv"
         picture = picture_of(x, net.side(stage))
         x = tokens_of(depthwise(picture, weights[f"{conv}.weight"][:, 0], weights[f"{conv}.bias"]))
@@ -398,9 +398,9 @@ def mlp(net, x, weights, name, stage):
 
 def embed(net, x, weights, stage):
     """The tokens (N, C) a stage starts from; x is the image (3, H, W) or the tokens before."""
-    if stage and net.host != "deit":
+    if stage and net.backbone != "deit":
         x = picture_of(x, net.side(stage - 1))
-    if net.host == "swin" and stage:
+    if net.backbone == "swin" and stage:
         cells = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
         down = f"layers.{stage - 1}.downsample"
         merged = normalise(tokens_of(torch.cat(cells)), weights, f"{down}.norm", 1e-5)
@@ -425,18 +425,18 @@ def embed(net, x, weights, stage):
             if stage
             else ("stage1_conv_embed.0", "stage1_conv_embed.2", 4, 2)
         ),
-    }[net.host]
+    }[net.backbone]
     x = tokens_of(convolve(x, weights[f"{conv}.weight"], weights[f"{conv}.bias"], stride, padding))
     x = x if norm is None else normalise(x, weights, norm, 1e-5)
-    if net.host == "deit":
+    if net.backbone == "deit":
         return torch.cat([weights["cls_token"][0], x]) + weights["pos_embed"][0]
-    return x + weights[f"pos_embed{stage + 1}"][0] if net.host == "pvt" else x
+    return x + weights[f"pos_embed{stage + 1}"][0] if net.backbone == "pvt" else x
 
 
 def logits(net, image, weights):
     """Logits (classes,) of one image (3, H, W) in float64."""
     weights = {name: value.double() for name, value in weights.items()}
-    eps = 1e-5 if net.host in ("swin", "cswin") else 1e-6
+    eps = 1e-5 if net.backbone in ("swin", "cswin") else 1e-6
     x = image.double()
     for stage in range(len(net.depths)):
         x = embed(net, x, weights, stage)
@@ -445,12 +445,12 @@ def logits(net, image, weights):
                 "swin": f"layers.{stage}.blocks.{index}.",
                 "cswin": f"stage{stage + 1}.{index}.",
                 "deit": f"blocks.{index}.",
-            }.get(net.host, f"block{stage + 1}.{index}.")
+            }.get(net.backbone, f"block{stage + 1}.{index}.")
             y = normalise(x, weights, f"{name}norm1", eps)
             x = x + attention(net, y, x, weights, name, stage, index)
             x = x + mlp(net, normalise(x, weights, f"{name}norm2", eps), weights, name, stage)
-        if net.host == "pvt_v2":
+        if net.backbone == "pvt_v2":
             x = normalise(x, weights, f"norm{stage + 1}", eps)
-    if net.host in ("swin", "cswin", "deit"):
+    if net.backbone in ("swin", "cswin", "deit"):
         x = normalise(x, weights, "norm", eps)
-    return linear(x[0] if net.host == "deit" else x.mean(0), weights, "head")
+    return linear(x[0] if net.backbone == "deit" else x.mean(0), weights, "head")

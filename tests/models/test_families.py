@@ -1,4 +1,4 @@
-"""FLatten and InLine as networks: sizes, timm's contract, any attention in any host."""
+"""FLatten and InLine as networks: sizes, timm's contract, any attention in any backbone."""
 
 import warnings
 
@@ -53,7 +53,7 @@ def test_parameters_and_multiply_adds_equal_the_table(name, size, parameters, ma
 
 
 MINI = {"embed_dims": (16, 32, 48, 64), "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 4)}
-HOSTS = {
+BACKBONES = {
     "pvt": (Pvt, MINI),
     "pvt_v2": (PvtV2, MINI),
     "swin": (Swin, {**MINI, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
@@ -61,10 +61,10 @@ HOSTS = {
 }
 
 
-def small(host, attention, types="LLLS", size=64, **arguments):
-    """A small network of any host with any attention."""
+def small(backbone, attention, types="LLLS", size=64, **arguments):
+    """A small network of any backbone with any attention."""
     torch.manual_seed(0)
-    if host == "deit":
+    if backbone == "deit":
         return Deit(
             size,
             num_classes=5,
@@ -75,15 +75,15 @@ def small(host, attention, types="LLLS", size=64, **arguments):
             attention=attention,
             **arguments,
         )
-    cls, sizes = HOSTS[host]
+    cls, sizes = BACKBONES[backbone]
     given = {"window_size": 2, "img_size": size, "num_classes": 5, **sizes, **arguments}
     return cls(types=types, attention=attention, **given)
 
 
 @pytest.mark.parametrize("attention", ["softmax", "focused", "injective", "enhanced"])
-@pytest.mark.parametrize("host", [*HOSTS, "deit"])
-def test_any_attention_in_any_host(host, attention):
-    model = small(host, attention).train()
+@pytest.mark.parametrize("backbone", [*BACKBONES, "deit"])
+def test_any_attention_in_any_backbone(backbone, attention):
+    model = small(backbone, attention).train()
     images = torch.randn(2, 3, 64, 64)
     model(images).square().sum().backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -110,10 +110,10 @@ def test_any_attention_in_any_host(host, attention):
     ids=["pvt", "pvt_v2"],
 )
 def test_softmax_blocks_with_reduced_keys(net):
-    """No released model has these blocks; the hosts do."""
+    """No released model has these blocks; the backbones do."""
     net.sr = (8, 4, 2, 1)
     weights = reference.released_weights(net)
-    cls = {"pvt": Pvt, "pvt_v2": PvtV2}[net.host]
+    cls = {"pvt": Pvt, "pvt_v2": PvtV2}[net.backbone]
     model = cls(
         img_size=64,
         num_classes=net.classes,

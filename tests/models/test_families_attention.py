@@ -121,7 +121,7 @@ def test_sums_of_the_weights():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["focused", "injective", "enhanced"])
 def test_half_precision_stays_near(name, dtype):
-    """3,136 tokens of size 10: Σ k vᵀ and q³ leave fp16 unless scaled (sections 1 and 2)."""
+    """3,136 tokens of size 10: Σ k vᵀ and q³ leave fp16 unless scaled."""
     torch.manual_seed(0)
     core = ATTENTIONS[name](AttentionSpec(DIM, HEADS, (56, 56)))
     q, k, v, source = (10 * torch.rand(1, 3136, DIM) for _ in range(4))
@@ -184,7 +184,7 @@ def test_which_blocks_are_linear():
 
 
 def test_large_values_of_the_enhanced_core_are_clamped_below_100():
-    """L²ViT's own rule holds in other hosts, too: tiny denominators count as 100."""
+    """L²ViT's own rule holds in other backbones, too: tiny denominators count as 100."""
     core = ATTENTIONS["enhanced"](AttentionSpec(DIM, HEADS, (SIDE, SIDE))).double()
     q, k, v, source = tensors(16, scale=1e-2)
     answer = core(q, k, v, (SIDE, SIDE), source)

@@ -1,20 +1,22 @@
-"""Every attention in every host: gradients, both ways through its layers, compilers, exports."""
+"""Every attention in every backbone: gradients, precision, compilers and exports."""
 
 import pytest
 import torch
-from test_families import HOSTS, small
+from test_families import BACKBONES, small
 
 ATTENTIONS = ("softmax", "focused", "injective", "enhanced")
-EVERYWHERE = [(host, attention) for host in (*HOSTS, "deit") for attention in ATTENTIONS]
-IN_CI = {  # every host and every attention; the rest is slow
+EVERYWHERE = [
+    (backbone, attention) for backbone in (*BACKBONES, "deit") for attention in ATTENTIONS
+]
+IN_CI = {  # every backbone and every attention; the rest is slow
     *(("pvt", "injective"), ("pvt_v2", "focused"), ("swin", "softmax")),
     *(("cswin", "enhanced"), ("deit", "injective")),
 }
 
 
-def lively(host, attention, size=64):
+def lively(backbone, attention, size=64):
     """A small network in float64 whose every tensor matters."""
-    model = small(host, attention, size=size).double().train()
+    model = small(backbone, attention, size=size).double().train()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -22,15 +24,15 @@ def lively(host, attention, size=64):
 
 
 @pytest.mark.parametrize(
-    ("host", "attention"),
+    ("backbone", "attention"),
     [
         pytest.param(*pair, marks=() if pair in IN_CI else pytest.mark.slow, id="-".join(pair))
         for pair in EVERYWHERE
     ],
 )
-def test_gradients_of_the_whole_network_in_float64(host, attention):
+def test_gradients_of_the_whole_network_in_float64(backbone, attention):
     """With respect to the image and every parameter, against finite differences."""
-    model = lively(host, attention, size=32)
+    model = lively(backbone, attention, size=32)
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     inputs = (image, *model.parameters())
     assert torch.autograd.gradcheck(
@@ -38,10 +40,10 @@ def test_gradients_of_the_whole_network_in_float64(host, attention):
     )
 
 
-@pytest.mark.parametrize(("host", "attention"), EVERYWHERE)
-def test_single_precision_takes_the_same_steps(host, attention):
+@pytest.mark.parametrize(("backbone", "attention"), EVERYWHERE)
+def test_single_precision_takes_the_same_steps(backbone, attention):
     """On CPUs fp32 goes through fused layers; float64 through plain ones."""
-    exact, single = lively(host, attention), lively(host, attention)
+    exact, single = lively(backbone, attention), lively(backbone, attention)
     single.load_state_dict(exact.state_dict())
     single.float()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -56,9 +58,9 @@ def test_single_precision_takes_the_same_steps(host, attention):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("host", "attention"), EVERYWHERE)
-def test_compiles_for_training_and_exports(host, attention):
-    model = small(host, attention).train()
+@pytest.mark.parametrize(("backbone", "attention"), EVERYWHERE)
+def test_compiles_for_training_and_exports(backbone, attention):
+    model = small(backbone, attention).train()
     images = torch.randn(2, 3, 64, 64)
     model(images).square().sum().backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}

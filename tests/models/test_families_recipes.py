@@ -73,7 +73,7 @@ def path(name):
 
 
 def rate(step, *, epoch, epochs, warm, peak, start, lowest):
-    """Section 6: the first step uses t = 0, step i > 0 uses t = i − 1."""
+    """The first step uses t = 0, step i > 0 uses t = i − 1."""
     t, total, warm = max(step - 1, 0), epochs * epoch, warm * epoch
     if t < warm:
         return start + t * (peak - start) / warm
