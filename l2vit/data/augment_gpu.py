@@ -15,7 +15,7 @@ import torch
 from l2vit.data.augment import OP_NUMBER, OPS
 from l2vit.data.batch import upload
 
-_GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 _LUMA = (19595, 38470, 7471)
 """Pillow's RGB to L, in 65536ths."""
 
@@ -40,7 +40,7 @@ def apply_ops(
     Returns:
         ``pixels``.
     """
-    geometric = [OP_NUMBER[name] for name in _GEOMETRIC]
+    geometric = [OP_NUMBER[name] for name in GEOMETRIC]
     for layer in range(ops.shape[1]):
         numbers, values = ops[:, layer], arguments[:, layer]
         for number, name in enumerate(OPS):
@@ -52,14 +52,16 @@ def apply_ops(
         chosen = np.flatnonzero(np.isin(numbers, geometric))
         if len(chosen):
             size = pixels.shape[1]
-            matrices = np.stack([_matrix(int(numbers[i]), float(values[i]), size) for i in chosen])
+            matrices = np.stack(
+                [affine_matrix(int(numbers[i]), float(values[i]), size) for i in chosen]
+            )
             at = upload(chosen, pixels.device)
             matrix = upload(matrices, pixels.device)
             pixels[at] = _affine(pixels[at], matrix, fill, interpolation)
     return pixels
 
 
-def _matrix(number: int, argument: float, size: int) -> tuple[float, ...]:
+def affine_matrix(number: int, argument: float, size: int) -> tuple[float, ...]:
     """Pillow's affine matrix, output to input (a, b, c, d, e, f), for a picture ``size`` wide."""
     name = OPS[number]
     if name == "ShearX":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import numpy as np
 import torch
 
-from l2vit.data import augment_gpu, pil
+from l2vit.data import augment_device, pil
 from l2vit.data.augment import NO_OP, AugmentParams, AugmentSampler, fill_colour
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import DecodedBatch, EvalPlanner, TrainPlanner, read_batch
@@ -348,8 +348,7 @@ class DaliBatches:
     def _augmented(self, pixels: torch.Tensor, params: AugmentParams) -> torch.Tensor:
         if self._augment is None or not (params.ops != NO_OP).any():
             return pixels
-        apply_ops = augment_gpu.apply_ops if pixels.is_cuda else pil.apply_ops
-        return apply_ops(
+        return augment_device.apply_ops(
             pixels,
             params.ops,
             params.arguments,

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l2vit.data import augment_gpu
+from l2vit.data import augment_device
 from l2vit.data.augment import AugmentSampler, fill_colour
 from l2vit.data.batch import Batch, BatchPlan, DecodedBatch, Normalizer
 from l2vit.data.mixup import Mixer
 from l2vit.data.order import Split
 from l2vit.plan.kinds import COPIES
-from l2vit.plan.recorder import Operation, Recorder
+from l2vit.plan.recorder import Operation, Recorder, kernels_recorded
 from l2vit.plan.trace import Trace, trace
 from l2vit.train import model
 from l2vit.train.config import TrainConfig
@@ -124,7 +124,7 @@ def augmentation_parts(
     pixels = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=META)
     parts: dict[str, Counter[Operation]] = {}
     with _recorded(parts, "RandAugment"):
-        pixels = augment_gpu.apply_ops(
+        pixels = augment_device.apply_ops(
             pixels,
             params.ops,
             params.arguments,
@@ -145,6 +145,7 @@ def augmentation_parts(
 @contextlib.contextmanager
 def _recorded(parts: dict[str, Counter[Operation]], name: str) -> Iterator[None]:
     recorder = Recorder()
-    with recorder:
+    agree = mock.patch.object(augment_device, "kernels_agree", lambda device: True)
+    with kernels_recorded(recorder), agree, recorder:
         yield
     parts[name] = recorder.operations
