@@ -168,17 +168,26 @@ def _conclude(results: dict[str, float], arguments: argparse.Namespace) -> None:
     )
 
 
-def synthetic_results(workspace: Workspace, samples: int, classes: int) -> list[Unit]:
-    """Result files as pass 1 would leave them, for a listing nobody has to download."""
+def synthetic_results(
+    workspace: Workspace, samples: int, classes: int, *, keys: bool = True
+) -> list[Unit]:
+    """Result files as pass 1 would leave them, for a listing nobody has to download.
+
+    Without ``keys`` the names are a few equal letters and the ranks are random numbers.
+    """
     rng = np.random.default_rng(0)
     counts = np.diff(np.linspace(0, samples, classes + 1).astype(int))
     units = []
     for number, count in enumerate(counts.tolist()):
         records = np.zeros(count, RECORD)
-        keys = [f"n{number:08d}_{place}" for place in range(count)]
-        texts = [f"{key}\t{key}.JPEG".encode() for key in keys]
+        if keys:
+            names = [f"n{number:08d}_{place}" for place in range(count)]
+            texts = [f"{key}\t{key}.JPEG".encode() for key in names]
+            records["rank"] = [key_hash(0, "order", key) for key in names]
+        else:
+            texts = [b"key\tname"] * count
+            records["rank"] = rng.integers(0, 2**64, count, dtype=np.uint64)
         lengths = np.array([len(text) for text in texts])
-        records["rank"] = [key_hash(0, "order", key) for key in keys]
         for name in ("sha_high", "sha_low", "phash"):
             records[name] = rng.integers(0, 2**63, count, dtype=np.uint64)
         records["size"] = rng.gamma(2.0, FALL11_BYTES / FALL11_IMAGES / 2, count) + 1000
@@ -199,14 +208,22 @@ def run_shuffle(arguments: argparse.Namespace) -> None:
         workspace = Workspace(Path(scratch))
         workspace.create()
         start = time.monotonic()
-        units = synthetic_results(workspace, arguments.samples, arguments.classes)
+        units = synthetic_results(
+            workspace, arguments.samples, arguments.classes, keys=not arguments.no_keys
+        )
         print(f"synthetic listing: {time.monotonic() - start:.0f} s", flush=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        parts = ("train",) if arguments.no_keys else ("train", "val")
         options = Options(
-            "imagenet22k", (), Path(scratch), split="both", val_fraction=0.01, workers=1
+            "imagenet22k",
+            (),
+            Path(scratch),
+            split="train" if arguments.no_keys else "both",
+            val_fraction=0.0 if arguments.no_keys else 0.01,
+            workers=1,
         )
         classes = tuple(unit.class_id for unit in units)
-        cpu, wall = cost(lambda: make_plan(options, workspace, units, classes))
+        cpu, wall = cost(lambda: make_plan(options, workspace, units, classes, parts))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(
             f"plan of {arguments.samples:,} samples: {wall:.0f} s ({cpu:.0f} CPU-seconds), peak"
@@ -229,6 +246,9 @@ def main() -> None:
     shuffle = commands.add_parser("shuffle")
     shuffle.add_argument("--samples", type=int, default=FALL11_IMAGES)
     shuffle.add_argument("--classes", type=int, default=FALL11_CLASSES)
+    shuffle.add_argument(
+        "--no-keys", action="store_true", help="no names and no split rule: for very many samples"
+    )
     shuffle.set_defaults(run=run_shuffle)
     arguments = parser.parse_args()
     arguments.run(arguments)

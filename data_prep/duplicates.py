@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,19 +36,22 @@ class Duplicates:
 
 
 def find_duplicates(
-    catalogue: Catalogue, alive: np.ndarray, whole_units: np.ndarray, folder: Path
+    catalogue: Catalogue,
+    alive: Callable[[int, int], np.ndarray],
+    whole_units: np.ndarray,
+    folder: Path,
 ) -> Duplicates:
     """Compare all images that are to be written.
 
     Args:
         catalogue: all good images.
-        alive: bool (rows,) images that are to be written.
+        alive: which images between two rows are to be written, as bool.
         whole_units: bool (units,) units of parts that are kept whole.
         folder: for temporary files.
     """
     spill = Spill(folder, _HASH, "sha_high", len(catalogue))
     for start, records in catalogue.chunks():
-        rows = np.flatnonzero(alive[start : start + len(records)])
+        rows = np.flatnonzero(alive(start, start + len(records)))
         hashes = np.zeros(len(rows), _HASH)
         for name in ("sha_high", "sha_low", "label"):
             hashes[name] = records[name][rows]

@@ -70,10 +70,9 @@ class _Decisions:
         self.fates[row] = fate
         self.note("rejected", row, reason, detail)
 
-    @property
-    def alive(self) -> np.ndarray:
-        """bool (rows,): images of some part."""
-        return _IS_PART[self.fates]
+    def alive(self, start: int, stop: int) -> np.ndarray:
+        """bool (stop - start,): images of some part among these rows."""
+        return _IS_PART[self.fates[start:stop]]
 
 
 def make_plan(
@@ -100,9 +99,9 @@ def make_plan(
         if guard is not None:
             notes["leakage_guard"] = _exclude(decisions, guard, options.exclude_distance)
         _drop_duplicates(decisions, workspace)
-    fates = decisions.fates
     classes, labels = _keep_classes(decisions, classes, options)
-    fates[decisions.alive & ~np.isin(fates, [PARTS[part] for part in parts])] = OTHER
+    for fate in set(PARTS.values()) - {PARTS[part] for part in parts}:
+        decisions.fates[decisions.fates == fate] = OTHER
     about = _write_orders(decisions, by_rank, workspace, parts, labels, options, len(classes))
     by_rank.delete()
     shards = {part: about[part].pop("shards") for part in parts}
@@ -110,7 +109,7 @@ def make_plan(
         about[part].update(counts)
     plan = Plan(classes, shards, about, decisions.reasons["duplicate-across-classes"], notes)
     with files.atomic_writer(workspace.fate) as stream:
-        np.save(stream, fates)
+        np.save(stream, decisions.fates)
     files.write_json(workspace.plan, plan.__dict__)
     return plan
 
@@ -382,7 +381,7 @@ def _keep_classes(
         return classes, np.arange(len(classes))
     counts = np.zeros(len(classes), np.int64)
     for start, records in decisions.catalogue.chunks():
-        alive = _IS_PART[decisions.fates[start : start + len(records)]]
+        alive = decisions.alive(start, start + len(records))
         counts += np.bincount(records["label"][alive], minlength=len(classes))
     keep = counts >= options.min_class_images
     for start, records in decisions.catalogue.chunks():
