@@ -59,8 +59,12 @@ def linear_attention(
         q, k, values = relu(q), relu(k), v.to(accurate_dtype(v.dtype))
         denominator = q @ k.sum(2).unsqueeze(3)
         factor = (1.0 if scale is None else scale.to(q.dtype)) / denominator.clamp(min=clamp)
-        k = k.transpose(2, 3)
-        out = (q @ k) @ values if qk_first else q @ (k @ values)
+        if qk_first:
+            out = (q @ k.transpose(2, 3)) @ values
+        else:
+            # kᵀ v as (vᵀ k)ᵀ: then the gradient of k is contiguous, which ReLU's backward pass on
+            # CPUs needs to be fast.
+            out = q @ (values.transpose(2, 3) @ k).transpose(2, 3)
         return (out * factor).to(v.dtype)
 
 
