@@ -34,7 +34,7 @@ import l2vit
 from l2vit.files import write_json
 from l2vit.models import ops
 from l2vit.models.count import count_macs
-from l2vit.models.layers import HEAD_WIDTH
+from l2vit.models.l2vit import HEAD_WIDTH
 from l2vit.models.ops.gpu import may_run
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

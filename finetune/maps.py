@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2vit.errors import UserError
-from l2vit.models.layers import WindowAttention, pad_to_multiple
+from l2vit.models.l2vit import WindowAttention
+from l2vit.models.layers import pad_to_multiple
 from l2vit.models.ops.windows import partition
 
 

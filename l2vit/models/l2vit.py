@@ -6,26 +6,27 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from l2vit.models import ops
 from l2vit.models.backbone import Backbone, Stage, update_model_input_size
 from l2vit.models.layers import (
-    HEAD_WIDTH,
     BatchNorm2d,
-    ConditionalPosition,
-    LinearAttention,
-    LocalConcentration,
+    DepthwiseConv,
     Mlp,
     MlpKind,
-    WindowAttention,
+    Observer,
+    crop,
     pad_to_multiple,
     require_one_of,
     to_nchw,
     to_nhwc,
 )
+from l2vit.models.ops.reference import linear_attention_weights
 
+HEAD_WIDTH = 32
 StemKind = Literal["conv", "conv4", "patch"]
 MixerKind = Literal["linear", "window"]
 
@@ -80,6 +81,95 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(self.norm(x), 2)
         return to_nhwc(self.conv(to_nchw(x)))
+
+
+class ConditionalPosition(nn.Module):
+    """CPE (Sec. 4.3): ``x + depthwise 3×3 conv(x)``, with bias; (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv(dim, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + to_nhwc(self.conv(to_nchw(x)))
+
+
+class LinearAttention(nn.Module):
+    """Enhanced linear attention (eq. 4, Sec. 4.1, 4.2) over all tokens of (B, ..., C).
+
+    Args:
+        dim: C.
+        num_heads: divides ``dim``.
+        use_scale: learn s, one factor per head, initially ``head_width^-0.5``; else s = 1.
+        clamp: lower bound of the denominator (Table 10).
+        order: auto multiplies q kᵀ first when N < head width (Sec. 11); the result is the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        use_scale: bool = True,
+        clamp: float = 100.0,
+        order: ops.Order = "auto",
+    ) -> None:
+        super().__init__()
+        require_one_of("order", order, ops.Order)
+        self.num_heads, self.clamp, self.order = num_heads, clamp, order
+        factor = torch.full((num_heads, 1, 1), (dim // num_heads) ** -0.5)
+        self.scale = nn.Parameter(factor) if use_scale else None
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.observer: Observer | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        if self.observer is not None:
+            self.observer(ops.linear_attention_denominators(qkv, self.num_heads))
+        return self.proj(
+            ops.linear_attention(qkv, self.scale, self.num_heads, self.clamp, self.order)
+        )
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor) -> Tensor:
+        """The weights that each token gives to each other, (B, heads, N, N), for pictures."""
+        q, k, _ = ops.split_qkv(self.qkv(x.flatten(1, -2)), self.num_heads)
+        return linear_attention_weights(q, k, self.scale, self.clamp)
+
+
+class WindowAttention(nn.Module):
+    """Softmax attention (eq. 1) inside non-overlapping windows of a (B, H, W, C) feature map.
+
+    A map that the window does not divide is zero-padded on the bottom and right; the padding takes
+    part in the softmax, then is cropped (the released weights were trained so).
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int = 7) -> None:
+        super().__init__()
+        self.num_heads, self.window_size = num_heads, window_size
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        x = pad_to_multiple(x, self.window_size)
+        x = self.proj(ops.window_attention(self.qkv(x), self.num_heads, self.window_size))
+        return crop(x, height, width)  # projected first, as the published operations count it
+
+
+class LocalConcentration(nn.Module):
+    """LCM (eq. 6, 7): depthwise conv, GELU, BatchNorm, depthwise conv; (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.conv1 = DepthwiseConv(dim, kernel_size)
+        self.norm = BatchNorm2d(dim)
+        self.conv2 = DepthwiseConv(dim, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(F.gelu(self.conv1(to_nchw(x))))
+        return to_nhwc(self.conv2(x))
 
 
 class Block(nn.Module):

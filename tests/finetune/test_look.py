@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune import look, maps
 from l2vit.errors import UserError
-from l2vit.models.layers import LinearAttention, WindowAttention
+from l2vit.models.l2vit import LinearAttention, WindowAttention
 from l2vit.train.weights import read_pretrained
 
 

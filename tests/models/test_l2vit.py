@@ -9,7 +9,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import l2vit  # noqa: F401
-from l2vit.models.layers import BatchNorm2d, LinearAttention, WindowAttention
+from l2vit.models.l2vit import LinearAttention, WindowAttention
+from l2vit.models.layers import BatchNorm2d
 
 
 def ours(paper, dtype=torch.float64, **arguments):

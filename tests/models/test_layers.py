@@ -15,13 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from l2vit.models import ops
 from l2vit.models.families.attention import AttentionSpec
 from l2vit.models.families.base import ATTENTIONS
-from l2vit.models.layers import (
-    BatchNorm2d,
-    DepthwiseConv,
-    LinearAttention,
-    Mlp,
-    WindowAttention,
-)
+from l2vit.models.l2vit import LinearAttention, WindowAttention
+from l2vit.models.layers import BatchNorm2d, DepthwiseConv, Mlp
 from l2vit.models.ops import linear_attention, reference, softmax_attention
 from l2vit.models.ops.windows import merge, partition
 

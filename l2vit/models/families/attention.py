@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from l2vit.models.layers import Observer
 from l2vit.models.ops import join_heads, reference, softmax_attention, split_heads
-from l2vit.models.ops.modes import statically_true
 
 Grid = tuple[int, int]
 
@@ -68,7 +67,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class EnhancedAttention(nn.Module):
-    """L²ViT's enhanced linear attention (see :class:`l2vit.models.layers.LinearAttention`)."""
+    """L²ViT's enhanced linear attention (see :class:`l2vit.models.l2vit.LinearAttention`)."""
 
     clamp = 100.0
 
@@ -82,9 +81,7 @@ class EnhancedAttention(nn.Module):
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         if self.observer is not None:
             self.observer(reference.linear_attention_denominators(q.detach(), k.detach()))
-        qk_first = statically_true(k.shape[2] < k.shape[3])
-        out = reference.linear_attention(q, k, v, self.scale, self.clamp, qk_first=qk_first)
-        return join_heads(out)
+        return join_heads(reference.linear_attention(q, k, v, self.scale, self.clamp))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Rows sum to s where the clamp does not act, else to less."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l2vit.models.families.attention import AttentionFactory, AttentionSpec, Grid, SoftmaxAttention
 from l2vit.models.families.base import FusedProjected, attention_factory
 from l2vit.models.families.resize import Resizable
-from l2vit.models.layers import LocalConcentration
+from l2vit.models.l2vit import LocalConcentration
 
 
 class TokenProjected(FusedProjected):
