@@ -1,7 +1,7 @@
 """When the Triton kernels run: on NVIDIA GPUs from Ampere on, once they agreed with PyTorch there.
 
 Switched off by the environment (``L2VIT_TRITON=0``) or by :func:`use_triton`. Triton itself is
-imported when a CUDA tensor first asks.
+imported when the first CUDA tensor arrives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is looking on while an operation runs: compilers, tracers, exporters, torch.func."""
+"""Which mode PyTorch runs in: plain eager, compiling, tracing, exporting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Those who look into a model or change its layers get what PyTorch's own would give them."""
+"""Hooks, pruning, LoRA, FLOP counters and torch.func see plain PyTorch layers."""
 
 import pytest
 import timm
