@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from data_prep import charts
 from data_prep.names import escaped
 from data_prep.records import Workspace
-from l2vit import files
+from data_prep.thumbnails import thumbnail
+from l2vit import charts, files
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
 from l2vit.errors import UserError
 
 _SHEET_CLASSES = 30
 _SHEET_IMAGES = 6
 _SHEET_SHARDS = 4
-_THUMBNAIL = 96
+_EXTREMES = 8  # largest and smallest classes shown
+_BINS = 24
+_MOST_MEASURED = 1_000_000
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2430;--dim:#687386;--line:#e2e6ee;--page:#f6f7fa;
 --card:#fff;--main:#3b6fd4;--good:#2d9467;--warn:#c47a1b;--bad:#c14343}
@@ -39,16 +38,13 @@ h2{font-size:18px;margin:0 0 12px}h3{font-size:14px;margin:16px 0 6px}
 .card{padding:14px 16px}.card b{display:block;font-size:22px;font-variant-numeric:tabular-nums}
 .card span{color:var(--dim);font-size:13px}section{padding:20px 22px;margin:16px 0}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:24px}
-svg{max-width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:12px}
-svg .value,svg .quiet{fill:var(--dim)}svg line{stroke:var(--line)}
-rect.main{fill:var(--main)}rect.bad{fill:var(--bad)}rect.warn{fill:var(--warn)}
-.strip{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;width:96px}
-figure img{width:96px;height:96px;object-fit:cover;border-radius:6px;display:block;
-background:var(--line)}figcaption{font-size:11px;color:var(--dim);overflow:hidden;
+.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(88px,1fr));gap:6px}
+figure{margin:0;min-width:0}figure img{width:100%;aspect-ratio:1;object-fit:cover;
+border-radius:6px;display:block;background:var(--line)}figcaption{font-size:11px;color:var(--dim);overflow:hidden;
 text-overflow:ellipsis;white-space:nowrap}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:14px 20px}
-.sheet .strip{display:grid;grid-template-columns:repeat(6,1fr);gap:4px}.sheet figure{width:auto}
-.sheet img{width:100%;height:auto;aspect-ratio:1}.sheet h3{margin:0 0 4px;white-space:nowrap;
+.sheet .strip{grid-template-columns:repeat(6,1fr);gap:4px}
+.sheet h3{margin:0 0 4px;white-space:nowrap;
 overflow:hidden;text-overflow:ellipsis}
 table{border-collapse:collapse;width:100%;font-size:13px}td{padding:5px 8px;
 border-top:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
@@ -82,12 +78,12 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
         ]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or directory}: {error.strerror}") from error
-    title = _shown(f"{manifest.dataset} {manifest.split}")
+    title = _shown(f"{_name(manifest)} {manifest.split}")
     files.write_text(
         target,
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}: shards</title><style>{_STYLE}</style>"
+        f"<title>{title}: shards</title><style>{_STYLE}{charts.STYLE}</style>"
         f"<main>{''.join(parts)}</main></html>\n",
     )
     return target
@@ -113,13 +109,22 @@ def _head(directory: Path, manifest: Manifest) -> str:
         _card(f"{sum(reasons.get('repaired', {}).values()):,}", "repaired"),
         _card(f"{sum(reasons.get('rejected', {}).values()):,}", "left out"),
     ]
-    release = manifest.provenance.get("release", "unknown")
     return (
-        f"<h1>{_shown(manifest.dataset)}, {_shown(manifest.split)} part</h1>"
-        f'<p class="quiet">{_shown(str(directory))} · release recognised:'
-        f" <b>{_shown(release)}</b> · manifest <code>{manifest.hash[:16]}</code> · classes"
-        f' <code>{manifest.class_hash[:16]}</code></p><div class="cards">{"".join(cards)}</div>'
+        f"<h1>{_shown(_name(manifest))}, {_shown(manifest.split)} part</h1>"
+        f'<p class="quiet">{_shown(str(directory))} · manifest <code>{manifest.hash[:16]}</code> ·'
+        f" classes <code>{manifest.class_hash[:16]}</code></p>"
+        f'<div class="cards">{"".join(cards)}</div>'
     )
+
+
+def _name(manifest: Manifest) -> str:
+    """What the data is: a release by its classes, else the name of its source."""
+    release = manifest.provenance.get("release", "custom")
+    if release != "custom":
+        return f"{manifest.dataset}, {release}" if release != manifest.dataset else release
+    sources = manifest.provenance.get("options", {}).get("sources", ())
+    names = ", ".join(Path(source).name for source in sources[:2])
+    return f"{names or 'Images'}{' and more' if len(sources) > 2 else ''}"
 
 
 def _bytes(size: float) -> str:
@@ -138,47 +143,73 @@ def _title(manifest: Manifest, label: int) -> str:
 
 def _counts(manifest: Manifest) -> str:
     counts = np.array(manifest.class_counts)
-    bars, edges = np.histogram(counts, bins=min(24, max(4, len(counts))))
-    order = np.argsort(-counts, kind="stable")
-    most = [(_title(manifest, int(i)), float(counts[i])) for i in order[:6]]
-    least = [(_title(manifest, int(i)), float(counts[i])) for i in order[::-1][:6]]
+    order = np.argsort(-counts, kind="stable").tolist()
+    pairs = [(escaped(_title(manifest, i)), float(counts[i])) for i in order]
+    if len(pairs) <= 2 * _EXTREMES:
+        bars = charts.bar_chart("All classes", pairs)
+    else:
+        bars = charts.bar_chart("Largest classes", pairs[:_EXTREMES])
+        bars += charts.bar_chart("Smallest classes", pairs[-_EXTREMES:])
     return (
         '<section><h2>Images per class</h2><div class="two"><div>'
-        f"{charts.histogram(bars.tolist(), edges.tolist(), 'images of a class')}"
+        f"{_spread('Classes by size', counts, 'images of a class')}"
         f'<p class="quiet">median {np.median(counts):,.0f}, mean {counts.mean():,.1f}, smallest'
-        f" {counts.min():,}, largest {counts.max():,}</p></div>"
-        f"<div><h3>Largest</h3>{charts.rows(most)}<h3>Smallest</h3>{charts.rows(least)}</div>"
-        "</div></section>"
+        f" {counts.min():,}, largest {counts.max():,}</p></div><div>{bars}</div></div></section>"
     )
 
 
 def _images(manifest: Manifest, workspace: Workspace) -> str:
     forms = sorted(manifest.provenance.get("source_formats", {}).items(), key=lambda f: -f[1])
-    left = f"<h3>Format of the source</h3>{charts.rows(forms)}"
+    parts = [charts.bar_chart("Format in the source", forms)]
     path = workspace.order(manifest.split)
     if not path.is_file():
-        right = '<p class="quiet">The build directory is gone: no sizes.</p>'
+        parts.append('<p class="quiet">The build directory is gone: no sizes.</p>')
     else:
         order = np.load(path, mmap_mode="r")
-        short = np.minimum(order["width"], order["height"])
-        weight = order["size"] / 1000
-        right = "".join(
-            f"<h3>{name}</h3>{_spread(values, what)}"
-            for name, values, what in [
-                ("Short side", short, "pixels"),
-                ("Weight", weight, "kB"),
-            ]
-        )
-    return (
-        f'<section><h2>The images</h2><div class="two"><div>{left}</div><div>{right}</div></div>'
-        "</section>"
-    )
+        some = np.array(order[:_MOST_MEASURED])  # the order is random, so is its beginning
+        width, height = some["width"].astype(float), some["height"].astype(float)
+        parts += [
+            _spread("Short side", np.minimum(width, height), "pixels"),
+            _spread("Aspect ratio", width / height, "width / height"),
+            _spread("File size", some["size"] / 1000, "kB"),
+        ]
+        if len(some) < len(order):
+            parts.append(f'<p class="quiet">Sizes are of {len(some):,} random images.</p>')
+    body = "".join(f"<div>{part}</div>" for part in parts)
+    return f'<section><h2>The images</h2><div class="two">{body}</div></section>'
 
 
-def _spread(values: np.ndarray, what: str) -> str:
-    low, high = np.percentile(values, [0, 99.5])
-    bars, edges = np.histogram(values, bins=24, range=(float(low), float(max(high, low + 1))))
-    return charts.histogram(bars.tolist(), edges.tolist(), f"{what} (up to 99.5%)")
+def _spread(title: str, values: np.ndarray, what: str) -> str:
+    """Histogram of the bulk of the values; those far out are counted in words."""
+    low, high = _fences(values)
+    within = (values >= low) & (values <= high)
+    whole = bool(np.all(values == np.floor(values)))
+    bins = int(min(_BINS, max(1, high - low))) if whole else _BINS
+    bars, edges = np.histogram(values[within], bins=bins, range=(low, max(high, low + 1e-6)))
+    chart = charts.histogram(title, bars.tolist(), edges.tolist(), x_label=what)
+    beyond = [
+        f"{count:,} {'below' if side < low else 'above'}, down to {side:,.6g}"
+        if side < low
+        else f"{count:,} above, up to {side:,.6g}"
+        for count, side in [
+            (int(np.count_nonzero(values < low)), float(values.min())),
+            (int(np.count_nonzero(values > high)), float(values.max())),
+        ]
+        if count
+    ]
+    note = f'<p class="quiet">Not in the chart: {"; ".join(beyond)}.</p>' if beyond else ""
+    return chart + note
+
+
+def _fences(values: np.ndarray) -> tuple[float, float]:
+    """Bounds that a few values far out, however far, do not move."""
+    first, third = np.percentile(values, [25, 75])
+    reach = 3 * (third - first)
+    low, high = float(values.min()), float(values.max())
+    if reach == 0:  # most are equal: let the nearest percent on either side in
+        near = np.percentile(values, [1, 99])
+        return float(min(near[0], first)), float(max(near[1], third))
+    return max(low, float(first - reach)), min(high, float(third + reach))
 
 
 def _decisions(manifest: Manifest, workspace: Workspace) -> str:
@@ -187,14 +218,21 @@ def _decisions(manifest: Manifest, workspace: Workspace) -> str:
     if workspace.thumbnails.is_file():
         shelves = json.loads(workspace.thumbnails.read_text())
     columns = []
-    for kind, word, tone in [("repaired", "Repaired", "warn"), ("rejected", "Left out", "bad")]:
-        pairs = sorted(reasons.get(kind, {}).items(), key=lambda pair: -pair[1])
+    for kind, word, color in [
+        ("repaired", "Repaired", charts.PALETTE[4]),
+        ("rejected", "Left out", charts.PALETTE[1]),
+    ]:
+        found = reasons.get(kind, {})
+        chart = charts.bar_chart("Images by reason", _rows(found), color=color)
+        combined = [f"{name} {count:,}" for name, count in _falling(found) if "+" in name]
+        note = f'<p class="quiet">Combined: {_shown(", ".join(combined))}</p>' if combined else ""
         pictures = "".join(
             f"<h3>{_shown(reason)}</h3>{_strip(shelves[f'{kind}: {reason}'])}"
-            for reason, _ in pairs
+            for reason, _ in _falling(found)
             if shelves.get(f"{kind}: {reason}")
         )
-        columns.append(f"<div><h2>{word}</h2>{charts.rows(pairs, tone)}{pictures}</div>")
+        body = chart + note + pictures or '<p class="quiet">none</p>'
+        columns.append(f"<div><h2>{word}</h2>{body}</div>")
     across = manifest.provenance.get("cross_class_duplicates", 0)
     note = (
         f'<p class="quiet">{across:,} times the same bytes appear in two classes; these are kept'
@@ -202,6 +240,19 @@ def _decisions(manifest: Manifest, workspace: Workspace) -> str:
         " repaired.jsonl.</p>"
     )
     return f'<section><div class="two">{"".join(columns)}</div>{note}</section>'
+
+
+def _falling(reasons: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def _rows(reasons: dict[str, int]) -> list[tuple[str, float]]:
+    """A row for each single reason, and one for all images with several."""
+    several = sum(count for name, count in reasons.items() if "+" in name)
+    rows = {name: count for name, count in reasons.items() if "+" not in name}
+    if several:
+        rows["several at once"] = several
+    return [(name, float(count)) for name, count in _falling(rows)]
 
 
 def _strip(pictures: list[dict[str, Any]]) -> str:
@@ -269,20 +320,10 @@ def _drawn(directory: Path, manifest: Manifest) -> dict[int, list[tuple[str, str
         for shard, offset, size, key in found[label][:_SHEET_IMAGES]:
             with (directory / shard.name).open("rb") as stream:
                 stream.seek(offset)
-                shelves.setdefault(label, []).append((key, _thumbnail(stream.read(size))))
+                shelves.setdefault(label, []).append(
+                    (key, thumbnail(stream.read(size), square=True))
+                )
     return shelves
-
-
-def _thumbnail(data: bytes) -> str:
-    image = Image.open(io.BytesIO(data))
-    image.draft("RGB", (_THUMBNAIL * 2, _THUMBNAIL * 2))
-    small = image.convert("RGB")
-    side = min(small.size)
-    left, top = (small.width - side) // 2, (small.height - side) // 2
-    small = small.crop((left, top, left + side, top + side)).resize((_THUMBNAIL, _THUMBNAIL))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=75)
-    return base64.b64encode(stream.getvalue()).decode()
 
 
 def _provenance(manifest: Manifest) -> str:
@@ -292,11 +333,12 @@ def _provenance(manifest: Manifest) -> str:
     sources = options.pop("sources", [])
     pairs = [
         ("sources", ", ".join(sources)),
-        ("members looked at", f"{about.get('members_seen', 0):,}"),
+        ("release recognised", about.get("release", "unknown")),
+        ("members looked at for this part", f"{about.get('members_seen', 0):,}"),
         ("split rule", about.get("split_rule", "")),
         ("options", ", ".join(f"{name}={value}" for name, value in options.items() if value)),
         ("cleaning rules", ", ".join(f"{name}={value}" for name, value in rules.items())),
-        ("fate of the good images", _pairs(about.get("fates", {}))),
+        ("fate of the good images among them", _pairs(about.get("fates", {}))),
         ("versions", _pairs(about.get("versions", {}))),
         ("manifest hash", manifest.hash),
         ("class hash", manifest.class_hash),

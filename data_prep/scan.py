@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import io
-import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from data_prep.archives import Damaged
-from data_prep.clean import PIL_FORMATS, CleanImage, Refused, clean
+from data_prep.clean import CleanImage, Refused, clean
 from data_prep.names import escaped, sample_key
 from data_prep.options import Options
 from data_prep.records import FORMS, RECORD, REPAIRED, SPOOLED, UnitResult, Workspace, key_hash
 from data_prep.sources import Raw, Unit, read_unit
+from data_prep.thumbnails import thumbnail
 from l2vit import files
 
 _NAME_LIMIT = 4096
-_THUMBNAIL = 96
-_THUMBNAIL_BYTES = 16 << 20
 _THUMBNAILS = 3  # per reason and unit
 
 
@@ -167,27 +162,3 @@ class _UnitScanner:
             self.seen,
             dict(self._forms),
         )
-
-
-def thumbnail(data: bytes) -> str:
-    """Base64 JPEG of what can be seen of an image, damaged or not; empty where nothing can."""
-    from PIL import ImageFile
-
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    try:
-        if data[:2] == b"\x1f\x8b":
-            data = zlib.decompressobj(wbits=31).decompress(data, _THUMBNAIL_BYTES)
-        image = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
-        if image.width * image.height > 50_000_000:
-            return ""
-        image.draft("RGB", (_THUMBNAIL * 2, _THUMBNAIL * 2))
-        small = image.convert("RGB")
-        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        stream = io.BytesIO()
-        small.save(stream, "JPEG", quality=70)
-        return base64.b64encode(stream.getvalue()).decode()
-    except Exception:  # anything may be wrong with a refused file; a missing picture is fine
-        return ""
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before

@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -173,7 +174,10 @@ def _svg(figure: Any, title: str, tooltips: Mapping[str, Sequence[str]]) -> str:
     import matplotlib as mpl
 
     stream = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "none", "text.color": _INK}):
+    in_ink = mpl.rc_context({"svg.fonttype": "none", "text.color": _INK})
+    with in_ink, warnings.catch_warnings():
+        # letters that matplotlib's font lacks are text in the SVG: the browser draws them
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(stream, format="svg", transparent=True)
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
