@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from l2vit import cli, console
+from l2vit import cli
 from l2vit.launch import rank, supervisor
 from l2vit.train import metrics, report, watchdog
 from l2vit.train.distributed import World
@@ -57,13 +57,13 @@ def no_output(request):
 def test_telling_nobody_is_no_error(no_output):
     with no_output():
         for number in range(3):
-            console.tell(f"line {number}")
-            console.tell(f"line {number}", error=True)
+            cli.tell(f"line {number}")
+            cli.tell(f"line {number}", error=True)
 
 
 def test_output_is_kept_for_readers_that_are_there(capsys):
-    console.tell("step 1", end="")
-    console.tell("trouble", error=True)
+    cli.tell("step 1", end="")
+    cli.tell("trouble", error=True)
     assert capsys.readouterr() == ("step 1", "trouble\n")
 
 
@@ -71,7 +71,7 @@ def test_the_exit_status_is_the_programs(no_output):
     """The interpreter, which flushes at its end, would make it 120: no job is queued again then."""
     with no_output():
         print("a line that stays in the buffer")
-        assert cli.run(lambda: console.tell("another") or 75, program="test") == 75
+        assert cli.run(lambda: cli.tell("another") or 75, program="test") == 75
         sys.stdout.flush()
         sys.stderr.flush()
 
@@ -159,8 +159,8 @@ def test_a_report_without_room_is_no_failure(tmp_path, capfd):
 
 def test_muting_keeps_the_descriptor_usable():
     stream = hung_up()
-    console.mute(stream)
+    cli.mute(stream)
     stream.write("x")
     stream.flush()
     stream.close()
-    console.mute(io.StringIO())  # no descriptor: nothing to do
+    cli.mute(io.StringIO())  # no descriptor: nothing to do

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2vit import cli, console
+from l2vit import cli
 from l2vit.launch import processes
 
 PREFLIGHT = "--preflight"
@@ -90,7 +90,7 @@ def _runs_deepspeed(pid: int) -> bool:
 def _watch(chain: Sequence[int]) -> None:
     while _intact(chain):
         time.sleep(1.0)
-    console.tell(f"rank process {os.getpid()}: its launcher is gone; stopping")
+    cli.tell(f"rank process {os.getpid()}: its launcher is gone; stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from l2vit import console
+from l2vit import cli
 from l2vit.launch import command, processes
 from l2vit.train import run_dir
 from l2vit.train.guards import STOPPED
@@ -185,7 +185,7 @@ class Supervisor:
         self._signals.append(number)
 
     def _say(self, message: str) -> None:
-        console.tell(f"[launch] {message}", error=True)
+        cli.tell(f"[launch] {message}", error=True)
 
 
 def hopeless(failures: Sequence[run_dir.Reached]) -> str:

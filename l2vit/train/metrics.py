@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from l2vit import console, files
+from l2vit import cli, files
 
 JSONL = "metrics.jsonl"
 _CONSOLE = {
@@ -112,7 +112,7 @@ class Metrics:
         """Print lines for people, above the live line."""
         if self._main:
             self._end_live()
-            console.tell(f"warning: {text}" if warn else text, error=warn)
+            cli.tell(f"warning: {text}" if warn else text, error=warn)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -161,14 +161,14 @@ class Metrics:
         line = f"step {step:,}/{self._total:,}  {'  '.join(shown)}"
         if sys.stdout.isatty():
             width = max(20, os.get_terminal_size().columns - 1)
-            console.tell(f"\r{line[:width]:<{width}}", end="")
+            cli.tell(f"\r{line[:width]:<{width}}", end="")
             self._live = True
         else:
-            console.tell(line)
+            cli.tell(line)
 
     def _end_live(self) -> None:
         if self._live:
-            console.tell("")
+            cli.tell("")
             self._live = False
 
 

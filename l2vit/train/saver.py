@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from l2vit import console
+from l2vit import cli
 from l2vit.errors import UserError
 from l2vit.train import checkpoint
 from l2vit.train.checkpoint import CheckpointMeta, Part, TensorSlice
@@ -159,7 +159,7 @@ class Saver:
             with contextlib.suppress(OSError):
                 checkpoint.remove(save.directory)
             limit = self.config.max_failures
-            console.tell(
+            cli.tell(
                 f"warning: checkpoint of step {save.meta.step} not saved"
                 f" ({self.failures} of {limit} failures in a row): {problem}",
                 error=True,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2vit import console
+from l2vit import cli
 from l2vit.config import to_tree
 from l2vit.data.contact_sheet import contact_sheet
 from l2vit.errors import UserError
@@ -160,7 +160,7 @@ class Trainer:
         except UserError as error:  # only this rank knows
             error.args = (f"rank {self.world.rank}: {error}",)
             if not self.world.main:
-                console.tell(f"error: {error}", error=True)
+                cli.tell(f"error: {error}", error=True)
             raise
 
     def _seed(self, micro_step: int) -> None:

@@ -20,7 +20,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from l2vit import console
+from l2vit import cli
 from l2vit.train import rendezvous
 from l2vit.train.distributed import World
 from l2vit.train.throughput import PhaseClock, Place
@@ -135,7 +135,7 @@ class Watchdog:
         longest = self._limit + max(16 * beat, _UNANSWERED)
         for place, standing in self._beats(beat):
             if standing > longest and place.phase != "setup":
-                console.tell(
+                cli.tell(
                     f"error: rank {self._world.rank} made no progress for {standing:.0f} s in phase"
                     f" {place.phase} of step {place.step} and cannot reach rank 0 (network?);"
                     " stopping (faults.hang_seconds)",
@@ -156,7 +156,7 @@ class Watchdog:
         free = [rank for rank in range(self._world.size) if rank not in guilty]
         if self._world.rank == (free or [0])[0]:
             line = f"error: {describe(places, standing)}; stopping (faults.hang_seconds)"
-            console.tell(line, error=True)
+            cli.tell(line, error=True)
         if self._world.rank in guilty:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if not self._stop.wait(2 * patience):  # let the rank that reports be heard
