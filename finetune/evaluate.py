@@ -248,7 +248,7 @@ def _print(
     source: PretrainedWeights, dataset: Dataset, preprocessing: Preprocessing, result: Result
 ) -> None:
     found = result.summary()
-    print(f"model    {source.model} ({source.which}) from {source.path}")
+    print(f"model    {source.model} ({source.described}) from {source.path}")
     print(f"data     {dataset.path} at {preprocessing.input_size}x{preprocessing.input_size}")
     print(f"top-1    {found['top1']:.3f}%  ({found['top1_right']} of {found['count']})")
     print(f"top-5    {found['top5']:.3f}%  ({found['top5_right']} of {found['count']})")

@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"cannot write {options.out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"exported {options.out}: {source.model}, {source.which} weights of {source.path}")
+    print(f"exported {options.out}: {source.model}, {source.described} of {source.path}")
 
 
 def _require_free(out: Path) -> None:

@@ -139,7 +139,8 @@ def card(
         std=list(shown.std),
         classes=source.num_classes,
         class_hash=f"class hash `{source.class_hash[:12]}`" if source.classes else "not named",
-        weights={"ema": "exponential moving average"}.get(source.which, source.which),
+        weights={"ema": "exponential moving average"}.get(source.which, source.which)
+        + (f" ({source.choice})" if source.choice else ""),
         paper=about.get("paper") or "-",
         accuracy=_accuracy(source, full),
         proof=_proof(proof, images),

@@ -25,12 +25,18 @@ def load(schema: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
         ConfigError: names the file or override at fault, the whole key and what it should be.
     """
     tree, sources = _read(Path(path), ())
-    for override in overrides:
+    for override in [*overrides, *_implied(schema, tree, overrides)]:
         _apply_override(tree, override, sources)
     try:
         return from_tree(schema, tree)
     except ConfigError as error:
         raise _blamed(error, sources, path) from None
+
+
+def _implied(schema: type, tree: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Further overrides that follow from these, if the schema's ``implied`` knows any."""
+    implied = getattr(schema, "implied", None)
+    return implied(tree, overrides) if implied is not None else []
 
 
 def blamed(error: ConfigError, path: Path | str, overrides: Sequence[str] = ()) -> ConfigError:

@@ -53,7 +53,6 @@ def values(found: Estimate, *, price: float = 0.0) -> dict[str, Any]:
 def text(found: Estimate, *, price: float = 0.0) -> str:
     """The plan, to be printed."""
     cluster, schedule, split = found.cluster, found.schedule, found.split
-    optim = found.config.optim
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
     lines = [
         f"PREDICTION for {found.config.model.name} on {cluster.ranks} × {cluster.device.name}"
@@ -62,7 +61,7 @@ def text(found: Estimate, *, price: float = 0.0) -> str:
         *_rows(
             ("images × epochs", f"{found.work.images:,} × {_epochs(found):g}"),
             ("optimizer steps", f"{schedule.total:,} ({found.steps_per_epoch:,} an epoch)"),
-            ("warm-up", f"{schedule.warmup:,} steps to a learning rate of {optim.lr:g}"),
+            ("warm-up", f"{schedule.warmup:,} steps to a learning rate of {schedule.peak:g}"),
             (
                 "global batch",
                 f"{split.global_batch:,} = {cluster.ranks} ranks ×"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -63,6 +64,14 @@ class CheckpointMeta:
     has_ema: bool = False
     state: dict[str, Any] = field(default_factory=dict)
     """The trainer's own counters (``l2vit.train.state``)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of a checkpoint's weights are taken, and why."""
+
+    which: Literal["raw", "ema"]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -297,15 +306,46 @@ class Reader:
         """The whole tensor ``key`` in its shape."""
         return self.read(key).reshape(self._entry(key)["shape"])
 
+    def choose(self, wish: Weights = "auto") -> Choice:
+        """Which weights ``wish`` means.
+
+        Raises:
+            UserError: the average is asked for and there is none.
+        """
+        if wish == "ema" and not self.meta.has_ema:
+            raise UserError(f"{self.directory} keeps no EMA; use its raw weights")
+        if wish != "auto":
+            return Choice(wish, self._compared() or "as asked")
+        if not self.meta.has_ema:
+            return Choice("raw", "no EMA was kept")
+        compared = self._compared()
+        if not compared:
+            return Choice("ema", "not compared with the raw weights at this step")
+        raw, averaged = self._figures()
+        return Choice("raw" if raw > averaged else "ema", compared)
+
+    def _figures(self) -> tuple[float, float]:
+        """The main set's figure of this very step for raw weights and average; NaN for none."""
+        state, metrics = self.meta.state, self.meta.metrics
+        if state.get("evaluated_step") != self.meta.step:
+            return math.nan, math.nan
+        end = state.get("headline", "")
+        return metrics.get(f"val{end}", math.nan), metrics.get(f"val_ema{end}", math.nan)
+
+    def _compared(self) -> str:
+        raw, averaged = self._figures()
+        if math.isnan(raw) or math.isnan(averaged):
+            return ""
+        name = self.meta.state["headline"].strip("/")
+        return f"{name} on data.val: raw {raw:.2f}, ema {averaged:.2f}"
+
     def weights(self, which: Weights = "auto") -> dict[str, torch.Tensor]:
         """Parameters and buffers by the model's names, fp32.
 
         Raises:
             UserError: the average is asked for and there is none.
         """
-        if which == "ema" and not self.meta.has_ema:
-            raise UserError(f"{self.directory} keeps no EMA; use its raw weights")
-        averaged = which == "ema" or (which == "auto" and self.meta.has_ema)
+        averaged = self.choose(which).which == "ema"
         found = {}
         for key in self.tensors:
             kind, _, name = key.partition("/")
@@ -335,7 +375,7 @@ def read_weights(directory: Path, which: Weights = "auto") -> dict[str, torch.Te
 
     Args:
         directory: a checkpoint, as ``find`` returns it.
-        which: raw, ema, or auto (the average where there is one).
+        which: raw, ema, or auto (see `Reader.choose`).
     """
     reader = Reader(directory)
     reader.verify()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class AboutConfig:
     """The published or measured result."""
     command: str = ""
     """The exact command."""
+    recipe_batch: CountOrZero = 0
+    """The recipe's global batch where the command line gives another one; 0 where it does not."""
 
 
 @dataclass
@@ -62,7 +65,8 @@ class InitConfig:
     source: str = ""
     """A run directory, a checkpoint in one, an exported directory, or a released file."""
     weights: Literal["auto", "raw", "ema"] = "auto"
-    """auto takes the EMA where there is one."""
+    """auto takes the raw weights or the EMA, whichever was better on ``data.val`` at the
+    checkpoint's very step; the EMA where that was not measured."""
     head: Literal["auto", "keep", "slice", "fresh"] = "auto"
     """keep takes the source's head whole and refuses another class hash; slice keeps the rows of
     classes both label sets know; auto: keep if the class hashes are equal, slice if wnids
@@ -74,7 +78,11 @@ class OptimConfig:
     """AdamW."""
 
     lr: Positive = 1e-3
-    """Peak learning rate, taken as given: not scaled with the batch."""
+    """Peak learning rate: of batches of ``lr_batch`` images, or as it is if that is 0."""
+    lr_batch: CountOrZero = 0
+    """The global batch that the rates (peak, start, lowest) are for: they are multiplied by the
+    square root of schedule.global_batch over it. 0: they are taken as they are, as they also are
+    when ``optim.lr`` is given on the command line without this."""
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
     """Decay rates of the two moments."""
     eps: Positive = 1e-8
@@ -87,6 +95,10 @@ class OptimConfig:
     """Factor of the learning rate from each layer to the one below it; 1: the same in all."""
     clip_grad: NotNegative = 0.0
     """Largest global L2 norm of the gradient; 0 for no clipping."""
+
+    def scale(self, global_batch: int) -> float:
+        """The factor on every rate for this batch."""
+        return (global_batch / self.lr_batch) ** 0.5 if self.lr_batch else 1.0
 
 
 @dataclass
@@ -153,7 +165,10 @@ class EmaConfig:
     """Exponential moving average of the weights."""
 
     decay: ShareBelow1 = 0.0
-    """0 for no EMA; constant, applied once per optimizer step."""
+    """0 for no EMA; applied once per optimizer step."""
+    warmup: bool = False
+    """After t steps the decay is at most (1 + t) / (10 + t), so that the average of a short run
+    leaves the first weights behind."""
 
 
 @dataclass
@@ -217,6 +232,17 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @classmethod
+    def implied(cls, tree: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+        """Overrides that follow from those given: a rate chosen for this run is not scaled."""
+        given = {override.partition("=")[0] for override in overrides}
+        if "optim.lr" in given:
+            return [] if "optim.lr_batch" in given else ["optim.lr_batch=0"]
+        batch = (tree.get("schedule") or {}).get("global_batch")
+        if "schedule.global_batch" in given and isinstance(batch, int):
+            return [f"about.recipe_batch={batch}"]
+        return []
 
     def validate(self) -> None:
         for name in ("start_lr", "min_lr"):

@@ -14,16 +14,29 @@ import torch
 class Ema:
     """Moving averages of a fixed list of fp32 tensors, updated once per optimizer step."""
 
-    def __init__(self, sources: Sequence[torch.Tensor], decay: float) -> None:
+    def __init__(
+        self, sources: Sequence[torch.Tensor], decay: float, *, warmup: bool = False
+    ) -> None:
         self.sources = [source.detach() for source in sources]
         self.averages = [source.clone() for source in self.sources]
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()
-    def update(self) -> None:
-        """average ← decay · average + (1 − decay) · source, in place."""
+    def update(self, applied_steps: int) -> None:
+        """average ← d · average + (1 − d) · source, in place.
+
+        Args:
+            applied_steps: how often the sources have changed; the warm-up lets d grow with it.
+        """
         if self.averages:
-            torch._foreach_lerp_(self.averages, self.sources, weight=1 - self.decay)
+            weight = 1 - self.decay_at(applied_steps)
+            torch._foreach_lerp_(self.averages, self.sources, weight=weight)
+
+    def decay_at(self, applied_steps: int) -> float:
+        """The decay d after so many applied steps."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + applied_steps) / (10 + applied_steps))
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -101,6 +101,7 @@ class Engine:
             split: micro-batch and accumulation.
         """
         self.world, self.split = world, split
+        self._applied_steps = 0
         self.dtype = DTYPES[engine.precision]
         self._channels_last = engine.channels_last
         masters = {name: p.detach().cpu().float().clone() for name, p in model.named_parameters()}
@@ -114,7 +115,8 @@ class Engine:
         self._fill(self._flats, "param", _from_tensors(masters))
         self.ema: Ema | None = None
         if ema.decay:
-            self.ema = Ema([*self._flats, *self._float_buffers().values()], ema.decay)
+            sources = [*self._flats, *self._float_buffers().values()]
+            self.ema = Ema(sources, ema.decay, warmup=ema.warmup)
         if engine.compile:
             self._deepspeed.compile()
 
@@ -160,8 +162,9 @@ class Engine:
         set_rates(self._zero.optimizer, lr=lr, weight_decay=weight_decay)
         self._deepspeed.step()
         applied = not self._zero.overflow
+        self._applied_steps += applied
         if applied and self.ema is not None:
-            self.ema.update()
+            self.ema.update(self._applied_steps)
         norm = self._zero._global_grad_norm if applied else float("inf")
         return StepOutcome(applied, _on_device(norm, self.world.device))
 
@@ -211,10 +214,11 @@ class Engine:
     @property
     def applied_steps(self) -> int:
         """Optimizer steps behind the moments (skipped ones do not count)."""
-        return int(self._states[0]["step"].item()) if self._states else 0
+        return self._applied_steps
 
     @applied_steps.setter
     def applied_steps(self, steps: int) -> None:
+        self._applied_steps = steps
         for state in self._states:
             state["step"].fill_(steps)
 

@@ -102,10 +102,11 @@ class Schedule:
                 f"schedule.warmup: {schedule.warmup} ({warmup} steps) is longer than"
                 f" schedule.length: {schedule.length} ({length} steps)"
             )
+        scale = optim.scale(schedule.global_batch)
         return cls(
-            peak=optim.lr,
-            start=schedule.start_lr,
-            lowest=schedule.min_lr,
+            peak=scale * optim.lr,
+            start=scale * schedule.start_lr,
+            lowest=scale * schedule.min_lr,
             decay=optim.weight_decay,
             warmup=warmup,
             cosine_end=length,

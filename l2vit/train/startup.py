@@ -277,8 +277,9 @@ def _announce(trainer: Trainer, reader: Reader | None, warnings: list[str]) -> N
         f"{schedule.total:,} steps, {order.steps_per_epoch:,} an epoch,"
         f" warm-up {schedule.warmup:,}",
         _left_out(order) if trainer.task.exact_order else "samples come from a stream",
+        _rates(config, schedule),
         param_groups.table(
-            trainer.engine.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay
+            trainer.engine.groups, lr=schedule.peak, weight_decay=config.optim.weight_decay
         ),
     ]
     if reader is not None:
@@ -290,8 +291,28 @@ def _announce(trainer: Trainer, reader: Reader | None, warnings: list[str]) -> N
             " epoch may repeat samples and miss some; the next ones are whole",
             warn=True,
         )
-    for warning in warnings:
+    for warning in [*warnings, *_unscaled_rate(config)]:
         say(warning, warn=True)
+
+
+def _rates(config: TrainConfig, schedule: Schedule) -> str:
+    optim, batch = config.optim, config.schedule.global_batch
+    peak = f"learning rate {schedule.peak:.3g} at its peak"
+    if not optim.lr_batch:
+        return f"{peak}, as given"
+    return f"{peak}: {optim.lr:g} for batches of {optim.lr_batch} × √({batch} / {optim.lr_batch})"
+
+
+def _unscaled_rate(config: TrainConfig) -> list[str]:
+    """Warn where the recipe's rate was chosen for a batch four times larger or smaller."""
+    optim, batch, recipe = config.optim, config.schedule.global_batch, config.about.recipe_batch
+    if optim.lr_batch or not recipe or 1 / 4 < batch / recipe < 4:
+        return []
+    scaled = optim.lr * (batch / recipe) ** 0.5
+    return [
+        f"optim.lr={optim.lr:g} is the recipe's rate for batches of {recipe}, this run's have"
+        f" {batch}: set optim.lr_batch={recipe} to scale it (to {scaled:.3g}), or optim.lr"
+    ]
 
 
 def _left_out(order: Order) -> str:

@@ -37,6 +37,10 @@ class TrainState:
     """Highest top-1 so far, in percent; -1 before the first evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
+    evaluated_step: int = -1
+    """The step it was made at; -1 where that is not known."""
+    headline: str = "/top1_percent"
+    """The end of the figures that say which weights are better (``Task.headline``)."""
     seconds: float = 0.0
     """Time spent training, over all processes that took part one after the other."""
 

@@ -301,7 +301,7 @@ class Trainer:
             values = self.evaluator.run(self.engine)
         if not values:
             return
-        self.state.metrics = values
+        self.state.metrics, self.state.evaluated_step = values, self.state.step
         self.metrics.log(self.state.step, values, images_seen=self.state.images_seen)
         shown = [f"{k} {v:.2f}" for k, v in values.items() if k.endswith(self.task.headline)]
         self.metrics.say(f"step {self.state.step:,}: {', '.join(shown)}")
@@ -330,6 +330,7 @@ class Trainer:
         state.applied_steps = self.engine.applied_steps
         state.loss_scaler = self.engine.loss_scaler
         state.order = self.loader.order.fingerprint
+        state.headline = self.task.headline
         state.seconds += self.clock.lap()
         return CheckpointMeta(
             step=state.step,

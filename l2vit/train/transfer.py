@@ -147,7 +147,7 @@ def load_initial(
         model=architecture(model),
         head=_name_classes(plan.sentence, missing, classes, class_names),
         missing_classes=missing,
-        note=source.note,
+        note="\n".join(filter(None, [source.choice and source.described, source.note])),
         tensors=tuple(fates),
     )
 

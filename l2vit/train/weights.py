@@ -66,8 +66,15 @@ class PretrainedWeights:
     preprocessing: Preprocessing
     note: str = ""
     """What had to be assumed about the source."""
+    choice: str = ""
+    """Why these weights and no others of the run: the figures of both where there are any."""
     training: dict[str, Any] = field(default_factory=dict)
     """Recipe, data hash, metrics, versions, as recorded; for the model card."""
+
+    @property
+    def described(self) -> str:
+        """Which weights these are and why."""
+        return f"{self.which} weights ({self.choice})" if self.choice else f"{self.which} weights"
 
     @property
     def class_hash(self) -> str:
@@ -163,8 +170,8 @@ def read_checkpoint(path: Path, weights: checkpoint.Weights = "auto") -> Pretrai
 
 
 def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> PretrainedWeights:
-    meta = checkpoint.read_meta(found)
-    which = weights if weights != "auto" else "ema" if meta.has_ema else "raw"
+    reader = checkpoint.Reader(found)
+    meta, choice = reader.meta, reader.choose(weights)
     if class_hash(meta.classes) != meta.class_hash:
         raise UserError(f"{found}: recorded class_hash disagrees with its list of classes")
     config = meta.config
@@ -173,8 +180,9 @@ def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> PretrainedWeig
         kind="checkpoint",
         model=config["model"]["name"],
         model_args=_accepted(config["model"], config["data"]["input_size"]),
-        weights=checkpoint.read_weights(found, which),
-        which=which,
+        weights=checkpoint.read_weights(found, choice.which),
+        which=choice.which,
+        choice=choice.why,
         classes=tuple(meta.classes),
         class_names=tuple(meta.class_names),
         preprocessing=Preprocessing(
@@ -186,6 +194,7 @@ def _read_checkpoint(found: Path, weights: checkpoint.Weights) -> PretrainedWeig
         ),
         training={
             "config": config,
+            "choice": choice.why,
             "step": meta.step,
             "epoch": meta.epoch,
             "images_seen": meta.images_seen,
@@ -240,6 +249,7 @@ def read_timm(path: Path) -> PretrainedWeights:
         model_args={key: value for key, value in arguments.items() if key != "num_classes"},
         weights=safetensors.torch.load_file(weights),
         which=config.get("training", {}).get("weights", "raw"),
+        choice=config.get("training", {}).get("choice", ""),
         classes=tuple(labels),
         class_names=tuple(names[label] for label in labels) if names else (),
         preprocessing=preprocessing,

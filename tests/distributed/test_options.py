@@ -41,6 +41,7 @@ def test_evaluation_is_exact_on_all_sets_and_disturbs_nothing(shards, tmp_path):
         assert hits == pytest.approx(round(hits), abs=1e-9), "22 images, each counted once"
     # One process counts the same images: the last checkpoint's weights, raw and averaged.
     reader = Reader(checkpoint.find(busy))
+    assert f"raw {found[-1]['val/top1_percent']:.2f}, ema" in reader.choose().why
     for which, name in (("raw", "val"), ("ema", "val_ema")):
         loss = plain_evaluation(reader.weights(which), shards / "val")
         assert found[-1][f"{name}/loss"] == pytest.approx(loss, rel=2e-3)  # bf16 there, fp32 here

@@ -128,6 +128,28 @@ def test_a_missing_average_and_a_missing_tensor_are_named(tmp_path):
         Reader(directory).tensor("param/c")
 
 
+@pytest.mark.parametrize(
+    ("raw", "ema", "evaluated", "which", "why"),
+    [
+        (37.2, 0.6, 8, "raw", "top1_percent on data.val: raw 37.20, ema 0.60"),
+        (37.2, 41.0, 8, "ema", "raw 37.20, ema 41.00"),
+        (37.2, 0.6, 4, "ema", "not compared"),
+        (37.2, 0.6, None, "ema", "not compared"),  # written before figures had a step
+    ],
+)
+def test_auto_takes_the_better_weights_by_the_figures_of_this_step(
+    raw, ema, evaluated, which, why, tmp_path
+):
+    metrics = {"val/top1_percent": raw, "val_ema/top1_percent": ema, "big/top1_percent": 99.0}
+    state = {} if evaluated is None else {"evaluated_step": evaluated, "headline": "/top1_percent"}
+    reader = Reader(write(tmp_path, 8, metrics=metrics, state=state))
+    choice = reader.choose()
+    assert choice.which == which and why in choice.why
+    expected = tensors()["param/a" if which == "raw" else "ema/a"]
+    assert torch.equal(reader.weights()["a"], expected)
+    assert reader.choose("raw").which == "raw" and reader.choose("ema").which == "ema"
+
+
 def test_the_index_speaks_for_itself(tmp_path):
     content = json.loads((write(tmp_path, 8) / checkpoint.META_NAME).read_text())
     assert content["step"] == 8 and content["tensors"]["param/a"]["shape"] == [5, 7]

@@ -8,11 +8,11 @@ import timm
 import torch
 
 import l2vit  # noqa: F401
-from l2vit.config import check
+from l2vit.config import check, load
 from l2vit.data import order
 from l2vit.errors import ConfigError
-from l2vit.train import param_groups
-from l2vit.train.config import OptimConfig, ScheduleConfig
+from l2vit.train import param_groups, startup
+from l2vit.train.config import OptimConfig, ScheduleConfig, TrainConfig
 from l2vit.train.schedule import Duration, Schedule, interval_of
 
 IMAGENET_22K = 14_197_122
@@ -224,3 +224,41 @@ def test_everything_may_decay():
     groups = param_groups.param_groups(model, decay="all")
     assert [g.decays for g in groups] == [True]
     assert {n for g in groups for n in g.names} == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("batch", "factor"), [(64, 0.125), (4096, 1.0), (16384, 2.0)])
+def test_rates_follow_the_square_root_of_the_batch(batch, factor):
+    settings = {"start_lr": 1e-6, "min_lr": 1e-5, "length": "100 steps", "warmup": "10 steps"}
+    optim = {"lr": 4e-3, "lr_batch": 4096}
+    scaled = build(10, optim, global_batch=batch, **settings)
+    plain = build(10, {"lr": 4e-3}, global_batch=batch, **settings)
+    for step in range(101):
+        assert scaled.lr(step) == pytest.approx(factor * plain.lr(step), rel=1e-12)
+    assert plain.lr(9) == 4e-3
+
+
+def recipe(tmp_path, *overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "run: {dir: unused}\nmodel: {name: l2vit_mini}\nschedule: {global_batch: 4096}\n"
+        "optim: {lr: 4.0e-3, lr_batch: 4096}\n"
+    )
+    return load(TrainConfig, path, overrides)
+
+
+def test_a_rate_given_on_the_command_line_is_taken_as_it_is(tmp_path):
+    assert recipe(tmp_path).optim.lr_batch == 4096
+    assert recipe(tmp_path, "optim.lr=1e-3").optim.lr_batch == 0
+    assert recipe(tmp_path, "optim.lr=1e-3", "optim.lr_batch=256").optim.lr_batch == 256
+
+
+def test_an_unscaled_rate_on_another_batch_is_warned_of(tmp_path):
+    unscaled = ("optim.lr_batch=0", "schedule.global_batch=64")
+    (warning,) = startup._unscaled_rate(recipe(tmp_path, *unscaled))
+    assert "optim.lr_batch=4096" in warning and "0.0005" in warning
+    for quiet in (
+        ("schedule.global_batch=64",),  # scaled
+        (*unscaled, "optim.lr=5e-4"),  # chosen for this run
+        ("optim.lr_batch=0", "schedule.global_batch=2048"),
+    ):
+        assert startup._unscaled_rate(recipe(tmp_path, *quiet)) == []
