@@ -53,6 +53,11 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _triton_runs(kernel: str, x: Tensor, head_width: int) -> bool:
+    """Whether a kernel takes ``x``. False in torch.jit.trace, which must not see sizes compared."""
+    return gpu.may_run(kernel, x) and head_width in _TRITON_HEAD_WIDTHS
+
+
 def linear_attention(
     qkv: Tensor, scale: Tensor | None, num_heads: int, clamp: float, order: Order = "auto"
 ) -> Tensor:
@@ -73,8 +78,7 @@ def linear_attention(
     qk_first = order == "qk"
     if order == "auto":
         qk_first = statically_true(tokens.shape[1] < head_width)
-    triton = not qk_first and gpu.may_run("linear_attention", tokens)
-    if triton and head_width in _TRITON_HEAD_WIDTHS:
+    if not qk_first and _triton_runs("linear_attention", tokens, head_width):
         out = torch.ops.l2vit.linear_attention(tokens, scale, num_heads, clamp)[0]
     else:
         heads = split_qkv(tokens, num_heads)
@@ -125,7 +129,7 @@ def window_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
         (B, H, W, C)
     """
     b, h, w, width = qkv.shape
-    if width // (3 * num_heads) in _TRITON_HEAD_WIDTHS and gpu.may_run("window_attention", qkv):
+    if _triton_runs("window_attention", qkv, width // (3 * num_heads)):
         return torch.ops.l2vit.window_attention(qkv, num_heads, window)[0]
     by_index = has_open_sizes(h, w)
     if by_index:
