@@ -21,6 +21,13 @@ from l2vit.errors import ConfigError, UserError
 
 Main = Callable[[Sequence[str]], int | None]
 INTERRUPTED = 130
+EXTRAS = {
+    **dict.fromkeys(("deepspeed", "nvidia", "tensorboard", "sklearn"), "train"),
+    **dict.fromkeys(("webdataset", "simplejpeg", "scipy", "rich", "matplotlib"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    **dict.fromkeys(("segmentation_models_pytorch", "pycocotools"), "dense"),
+}
+"""Packages that only some programs need, and the extra of pyproject.toml that brings each."""
 
 
 # -- parsing
@@ -129,7 +136,8 @@ def run(main: Callable[[], int | None], *, program: str, report: bool = True) ->
     """Call ``main`` and turn its outcome into an exit status.
 
     0 on success (or the status ``main`` returns), 2 for a configuration error, 1 for any other
-    error a user can mend. Unexpected exceptions keep their traceback: they are ours to fix.
+    error a user can mend, a package that is not installed among them. Unexpected exceptions keep
+    their traceback: they are ours to fix.
 
     Args:
         main: the program's body.
@@ -143,6 +151,16 @@ def run(main: Callable[[], int | None], *, program: str, report: bool = True) ->
             line = " ".join(str(error).split())
             tell(f"{program}: error: {line}", error=True)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        if report:
+            tell(
+                f"{program}: error: {package} is missing: pip install 'l2vit[{extra}]'", error=True
+            )
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) has gone

@@ -14,6 +14,7 @@ SOURCES = [p for folder in (*PROGRAMS, "l2vit") for p in sorted((ROOT / folder).
 # Imports point from a higher room to a lower one, or stay inside a room.
 LEVELS = {
     **dict.fromkeys(PROGRAMS, 5),
+    "l2vit.__main__": 5,  # the console script
     "l2vit.launch": 4,
     "l2vit.plan": 3,
     "l2vit.train": 2,

@@ -1,0 +1,165 @@
+"""What is installed: the wheel's content, its extras, and ``l2vit`` as one command."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+
+import l2vit
+from l2vit import __main__ as program
+from l2vit import cli
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("l2vit", "data_prep", "pretrain", "finetune")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(file):
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    return {line for line in lines if line and not line.startswith("-")}
+
+
+def name(requirement):
+    return re.split(r"[<>=\[; ]", requirement)[0]
+
+
+def test_extras_are_the_requirements():
+    extras = {key: set(value) for key, value in PROJECT["optional-dependencies"].items()}
+    needed = {r for r in requirements("requirements.txt") if name(r) not in ("torch", "timm")}
+    assert extras["train"] | extras["dense"] == needed
+    assert extras["export"] < requirements("requirements-dev.txt")
+    assert {name(r) for r in PROJECT["dependencies"]} == {"torch", "timm"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves a folder behind."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", *PACKAGES, "pyproject.toml", "README.md", "LICENSE"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout
+    for file in filter(None, tracked.decode().split("\0")):
+        if (ROOT / file).is_file():
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file).write_bytes((ROOT / file).read_bytes())
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_programs_recipes_and_types(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for pattern in ("*.py", "*.yaml")
+        for path in (ROOT / package).rglob(pattern)
+    }
+    content = {n for n in names if ".dist-info/" not in n}
+    assert content == source | {"l2vit/py.typed"}
+
+
+def test_its_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (folder,) = {n.split("/")[0] for n in archive.namelist() if ".dist-info/" in n}
+
+    class FromWheel(Distribution):
+        def read_text(self, filename):
+            return archive.read(f"{folder}/{filename}").decode()
+
+        def locate_file(self, path):
+            raise NotImplementedError
+
+    found = FromWheel()
+    assert found.version == l2vit.__version__
+    (script,) = found.entry_points
+    assert (script.name, script.value) == ("l2vit", "l2vit.__main__:main")
+    assert set(found.metadata.get_all("Provides-Extra")) == {"train", "export", "dense"}
+
+
+# -- the command
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in program.COMMANDS if c not in ("timm", "completion")]
+)
+def test_commands_are_the_programs(command, capsys):
+    """``l2vit X --help`` is what the program itself prints."""
+    groups = ("data", "pretrain", "finetune")
+    if command in groups[1:]:
+        assert program.main([command, "--help"]) == 0
+    else:
+        with pytest.raises(SystemExit) as ended:
+            program.main([command, "--help"])
+        assert ended.value.code == 0
+    module = program.COMMANDS[command][0].removesuffix(".__main__").replace(".", " ")
+    assert module.split()[0] in capsys.readouterr().out.splitlines()[0]
+
+
+def test_wrong_commands(capsys):
+    assert program.main(["pretrian"]) == 2
+    assert "'pretrian' is no command; known: data, pretrain" in capsys.readouterr().err
+    assert program.main(["keys", "--nonsense"]) == 2
+
+
+def test_a_script_of_timm_knows_our_models(tmp_path, capsys, monkeypatch):
+    (tmp_path / "neighbour.py").write_text("WORD = 'hello'\n")
+    (tmp_path / "list.py").write_text(
+        "import sys, timm, neighbour\n"
+        "print(neighbour.WORD, sys.argv[1:], 'l2vit_tiny' in timm.list_models())\n"
+    )
+    monkeypatch.setenv("TIMM_ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["l2vit"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert program.main(["timm", "list.py", "--model", "x"]) == 0
+    assert capsys.readouterr().out == "hello ['--model', 'x'] True\n"
+    assert program.main(["timm", "validate.py"]) == 2
+    assert "set TIMM_ROOT" in capsys.readouterr().err
+
+
+def test_completion_in_bash(tmp_path):
+    """Bash itself completes, with the script that the command prints."""
+    (tmp_path / "l2vit.bash").write_text(program.completion())
+    (tmp_path / "run.yaml").touch()
+    cases = {
+        ("l2vit", "pre"): "pretrain preview",
+        ("l2vit", "pretrain", "pl"): "plan",
+        ("l2vit", "pretrain", "train", "--config", "r"): "run.yaml",
+        ("l2vit", "plan", "optim.be"): "optim.betas=",
+        ("l2vit", "keys", "optim.be"): "optim.betas",
+    }
+    for words, expected in cases.items():
+        script = f"""compopt() {{ :; }}; . ./l2vit.bash
+        COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _l2vit
+        echo "${{COMPREPLY[*]}}" """
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_missing_package_is_one_line(capsys):
+    @cli.program("some program")
+    def main(argv):
+        raise ModuleNotFoundError("no", name=argv[0])
+
+    assert main(["deepspeed.ops"]) == 1
+    said = capsys.readouterr().err
+    assert said == "some program: error: deepspeed is missing: pip install 'l2vit[train]'\n"
+    with pytest.raises(ModuleNotFoundError):
+        main(["l2vit.nothing"])
+
+
+def test_missing_packages_have_an_extra_that_brings_them():
+    imports = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
+    imports |= {"nvidia": "nvidia-dali-cuda130", "sklearn": "scikit-learn"}
+    for package, extra in cli.EXTRAS.items():
+        brought = {name(r) for r in PROJECT["optional-dependencies"][extra]}
+        assert imports.get(package, package) in brought
