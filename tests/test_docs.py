@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OURS = r"(?:l2vit|data_prep|pretrain|finetune|launch|benchmarks|tests|docs)"
 WRITTEN_BY_USERS = {"launch/hostfile", "pretrain/configs/NAME.yaml"}
 

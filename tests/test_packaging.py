@@ -9,6 +9,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+import yaml
 
 import l2vit
 from l2vit import __main__ as program
@@ -163,3 +164,23 @@ def test_missing_packages_have_an_extra_that_brings_them():
     for package, extra in cli.EXTRAS.items():
         brought = {name(r) for r in PROJECT["optional-dependencies"][extra]}
         assert imports.get(package, package) in brought
+
+
+def test_the_citation_is_of_this_version():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert found["version"] == l2vit.__version__
+    assert found["preferred-citation"]["title"] in (ROOT / "README.md").read_text()
+
+
+def test_containers_keep_the_images_own_torch(tmp_path):
+    """The line that both definitions run, on the requirements as they are."""
+    for file in ("Dockerfile", "l2vit.def"):
+        text = (ROOT / "launch" / "container" / file).read_text()
+        assert "NOT BUILT YET" in text
+        (command,) = re.findall(r"grep -vE .*? requirements\.txt", text)
+        kept = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        names = {name(line) for line in kept.splitlines() if line and line[0] != "#"}
+        dropped = {name(r) for r in requirements("requirements.txt")} - names
+        assert dropped == {"torch", "torchvision", "nvidia-dali-cuda130"}
