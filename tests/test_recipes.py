@@ -139,6 +139,18 @@ def test_every_shipped_recipe_is_in_the_table_or_for_other_data():
     assert shipped - families == set(ROWS)
 
 
+def test_recipes_for_ones_own_folder():
+    """The paper's rate for 4096 images, scaled by the square root of the batch, at any batch."""
+    config = read("pretrain/configs/my_folder.yaml")
+    for batch in (config.schedule.global_batch, 64, 256, 4096):
+        rate = config.optim.lr * config.optim.scale(batch)
+        assert rate == pytest.approx(4e-3 * math.sqrt(batch / 4096))
+    assert config.ema.warmup and config.data.val
+    tuned = read("finetune/configs/my_folder.yaml")
+    assert tuned.optim.lr * tuned.optim.scale(64) < config.optim.lr and tuned.ema.warmup
+    assert tuned.model.name == config.model.name and tuned.init.source == ""
+
+
 def test_22k_budget():
     """Spec: about 310,800 steps; 14,197,122 // 4096 = 3466 a step-dropping epoch."""
     assert abs(90 * (IN22K // 4096) - 310_800) < 0.005 * 310_800
