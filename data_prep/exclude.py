@@ -32,7 +32,7 @@ _FLAT = 16  # a hash with fewer bits set belongs to a picture without content
 
 @dataclass(frozen=True)
 class Guard:
-    """What must not get in."""
+    """The images to keep out, by hash, name and perceptual hash."""
 
     shas: frozenset[str]
     """SHA-256, hexadecimal, of source bytes or of the bytes that would be written."""

@@ -1,9 +1,10 @@
-"""For disks that hate seeking: one sequential copy that brings each shard's images together.
+"""``--gather``, for spinning disks: copy each shard's images together in one sequential pass.
 
-Without it the second pass reads each image where it lies: no extra disk, but one random read an
-image, which a spinning disk answers at a hundred a second. With it the sources are read once more
-from front to back and every image is put into a file of its shard, in source order; writing a
-shard is then one sequential read. The copy needs the data's size once more until shards are done.
+By default the second pass reads each image where it lies in the source. That needs no extra disk
+space but one random read an image, and a spinning disk does about a hundred of those a second.
+With ``--gather`` the sources are read once more from front to back, each image is appended to a
+file of its shard, and writing a shard is one sequential read. The copies take as much disk space
+as the data until their shards are written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work spread over processes, with progress lines."""
+"""Run a function over many tasks in worker processes, and print progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parallel_map(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield ``(task, function(context, task))`` as tasks finish, in any order.
 
-    The first error of any task is raised here, after the running ones ended.
+    The first error is raised here, after the running tasks have ended.
 
     Raises:
         UserError: a worker was killed (out of memory).
@@ -58,21 +58,21 @@ def _some(tasks: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 class _Worker:
-    """A forked process and a pipe to it alone.
+    """A forked process with a pipe of its own.
 
-    Nothing is shared with other workers: one that is killed while it holds a lock or writes a
-    result, as those of ``ProcessPoolExecutor`` may be, would be waited for for ever.
+    Workers share nothing: a shared queue, as in ``ProcessPoolExecutor``, hangs for ever when a
+    worker is killed while it holds the queue's lock or has written half of a result.
     """
 
     def __init__(self, function: Callable[[Any, Any], Any], context: Any) -> None:
         fork = multiprocessing.get_context("fork")
         self.pipe, theirs = fork.Pipe()
         self.task: tuple[Any, ...] = ()
-        """The one it is at, if any."""
+        """The task it is working on, in a tuple; empty when idle."""
         arguments = (theirs, function, context, os.getpid())
         self._process = fork.Process(target=_serve, args=arguments)
-        # What this process left to its collector may wait, in another, for threads that are not
-        # there (a DALI pipeline does).
+        # The child must not collect this process's garbage: a destructor may wait for threads
+        # that a fork does not copy (a DALI pipeline's does).
         gc.disable()
         self._process.start()
         gc.enable()
@@ -93,8 +93,8 @@ class _Worker:
         return task, result
 
     def end(self) -> None:
-        """Wait for what it is at and let it go."""
-        with contextlib.suppress(Exception):  # there was an error before, or nobody asks
+        """Wait for its task and stop it."""
+        with contextlib.suppress(Exception):  # the error that ends the work was raised before
             if self.task:
                 self.pipe.recv()
             self.pipe.send(())
@@ -114,10 +114,10 @@ def _raise_if_killed() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, function: Callable[[Any, Any], Any], context: Any, run: int) -> None:
-    """In a worker: carry out tasks until an empty one comes."""
+    """Worker process: run tasks until an empty tuple arrives."""
     gc.freeze()
     gc.enable()
-    # A worker that outlived a killed parent would go on writing under the next run's feet.
+    # Die with the parent: a worker that lived on would write while the next run writes.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != run:
         os._exit(1)

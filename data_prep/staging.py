@@ -23,9 +23,8 @@ def stage(
 ) -> list[tuple[Path, str]]:
     """Unpack the class tars of ``path`` into the build directory, each complete or absent.
 
-    A global shuffle reads images in another order than they lie in, and a gzip stream cannot be
-    sought in: some seekable copy is needed, and the class tars are the smallest honest one.
-    Continues where an earlier call was killed.
+    The shuffle reads images in another order than they are stored in, and a gzip stream cannot be
+    sought in, so a seekable copy is needed. Continues where an earlier call was killed.
 
     Args:
         path: the gzip file.
