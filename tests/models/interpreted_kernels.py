@@ -50,6 +50,10 @@ def plain(qkv, scale, heads, clamp):
     return ops.join_heads(out)
 
 
+def depthwise(x, weight, bias):
+    return torch.ops.l2vit.depthwise(x, weight, bias)[0]
+
+
 def correlate(x, weight, bias):
     """Shifted pictures times their taps."""
     reach, (h, w) = weight.shape[3] // 2, x.shape[1:3]
@@ -114,15 +118,22 @@ def test_sums_over_several_parts(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize(
     ("shape", "size", "with_bias"),
-    [((1, 3, 7, 24), 7, True), ((2, 2, 5, 6), 3, False), ((1, 2, 18, 70), 3, True)],
+    [
+        ((1, 3, 7, 24), 7, True),
+        ((2, 2, 5, 6), 3, False),
+        ((1, 2, 18, 70), 3, True),
+        ((2, 6, 9, 64), 5, True),  # whole blocks of channels
+        ((1, 9, 3, 32), 7, True),  # several programs down
+    ],
 )
 def test_depthwise(dtype, shape, size, with_bias, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(depthwise_kernels, "_PROGRAMS", 12)
+    monkeypatch.setattr(depthwise_kernels, "_ROWS", 4)
     x = torch.randn(shape).to(dtype).requires_grad_()
     weight = torch.randn(shape[3], 1, size, size).to(dtype).requires_grad_()
     bias = torch.randn(shape[3]).to(dtype).requires_grad_() if with_bias else None
-    compare(torch.ops.l2vit.depthwise, correlate, (x, weight, bias), dtype)
+    compare(depthwise, correlate, (x, weight, bias), dtype)
 
 
 @pytest.mark.parametrize("place", [5, 40, 70])  # in q, k and v of head 1
@@ -157,7 +168,7 @@ def test_strides_do_not_matter():
             [qkv, scale[..., :1]],
             upstream,
         ),
-        (torch.ops.l2vit.depthwise, [x, weight[::2], torch.randn(6, 2)[:, 0]], x.flip(1)),
+        (depthwise, [x, weight[::2], torch.randn(6, 2)[:, 0]], x.flip(1)),
     ]
     for call, inputs, grad in cases:
         found = []
@@ -173,7 +184,8 @@ def test_strides_do_not_matter():
 def test_gradients_have_the_strides_that_compilers_are_told():
     """One channel: the padded sums could pass for the kernel's gradient without a copy."""
     x, weight = torch.randn(1, 2, 3, 1), torch.randn(1, 1, 7, 7)
-    for grad in torch.ops.l2vit.depthwise_backward(x, weight, x):
+    _, taps = torch.ops.l2vit.depthwise(x, weight, None)
+    for grad in torch.ops.l2vit.depthwise_backward(x, taps, x):
         assert grad.stride() == torch.empty(grad.shape).stride()
 
 

@@ -1,7 +1,6 @@
 """The Triton kernels: their arithmetic (interpreted), whether they compile, and their choice."""
 
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine_code import machine_code
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2vit.models import ops
 from l2vit.models.ops import gpu
+from l2vit.plan import kernel_costs
 
 triton = pytest.importorskip("triton")
 
@@ -33,6 +34,8 @@ def test_interpreted(name):
 
 ATTENTION = {"D": 32, "BLOCK": 32}
 WINDOW_BLOCK = {"BLOCK": 64, "PRECISION": "tf32"}
+SLIDE = {"K": 7, "EVEN": True, "BLOCK_W": 8}
+DIVISIBLE = [["tt.divisibility", 16]]  # as Triton finds pointers and multiples of 16
 CASES = [
     ("linear_attention", "context_kernel", {}),
     ("linear_attention", "out_kernel", {"HAS_SCALE": True}),
@@ -41,14 +44,15 @@ CASES = [
     ("window_attention", "window_attention_kernel", {"SIZE": 7}),
     ("window_attention", "window_gradient_kernel", {"SIZE": 7}),
     ("window_attention", "window_gradient_in_blocks_kernel", {"SIZE": 12}),
-    ("depthwise", "forward_kernel", {"HAS_BIAS": True, "K": 7, "BLOCK_W": 16, "BLOCK_C": 64}),
-    ("depthwise", "weight_gradient_kernel", {"K": 7, "KP": 8, "BLOCK_W": 8, "BLOCK_C": 32}),
+    ("depthwise", "forward_kernel", SLIDE | {"HAS_BIAS": True, "FLIP": False, "BLOCK_C": 64}),
+    ("depthwise", "weight_gradient_kernel", SLIDE | {"BLOCK_C": 32}),
 ]
 POINTERS = ("qkv", "x", "out", "grad", "grad_qkv", "weight", "bias")
-SUMS = ("lse", "context", "total", "scale", "part", "grad_context", "grad_total", "grad_scale")
+SUMS = ("taps", "lse", "context", "total", "scale", "part")
+SUMS += ("grad_context", "grad_total", "grad_scale")
 
 
-def build(module, name, constants, kind, architecture):
+def build(module, name, constants, kind, architecture, options=None):
     """A kernel compiled as on a GPU: "bf16" or "fp32" tensors, sizes that are not constants."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -65,26 +69,58 @@ def build(module, name, constants, kind, architecture):
     signature |= dict.fromkeys(POINTERS, f"*{kind}") | dict.fromkeys(SUMS, "*fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {argument: signature[argument] for argument in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    stages = {"num_stages": 1} if module == "window_attention" and kind == "fp32" else {}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=stages)
+    divisible = {
+        (place,): DIVISIBLE for place, kind in enumerate(signature.values()) if kind[0] == "*"
+    }
+    if "channels" in signature and "channels" not in constants:
+        divisible[(kernel.arg_names.index("channels"),)] = DIVISIBLE
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    options = options or {}
+    if module == "window_attention" and kind == "fp32":
+        options = {"num_stages": 1}
+    elif module == "depthwise" and not options:
+        options = {"num_stages": 1, "num_warps": 1}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-@pytest.mark.parametrize(("kind", "architecture"), [("bf16", 80), ("bf16", 90), ("fp32", 90)])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("module", "name", "constants"), CASES, ids=[c[1] for c in CASES])
 def test_compiles_without_a_gpu(module, name, constants, kind, architecture, tmp_path, monkeypatch):
-    """To machine code for A100 and H100: shared memory fits, no register is spilled."""
+    """To machine code for A100, H100 and B200: shared memory fits, no register is spilled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = build(module, name, constants, kind, architecture)
     assert built.metadata.shared <= 99 * 1024
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", used.stdout) == ["0", "0"]
+    assert machine_code(built, tmp_path).spilled == 0
+
+
+@pytest.mark.parametrize("block", [64, 32])  # channels of base and small, of tiny
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_instructions_of_depthwise_convolutions(size, block, tmp_path, monkeypatch):
+    """Thread-instructions an output on an H100 in bf16: what the ledger's times stand on."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for direction, name in (
+        ("forward", "forward_kernel"),
+        ("weight gradient", "weight_gradient_kernel"),
+    ):
+        forward = direction == "forward"
+        channels = block if forward else 32
+        constants = SLIDE | {"K": size, "BLOCK_C": channels}
+        constants |= {"HAS_BIAS": True, "FLIP": False} if forward else {}
+        warps = 2 if forward and size == 3 and block == 64 else 1
+        options = {"num_warps": warps, "num_stages": 1}
+        found = machine_code(build("depthwise", name, constants, "bf16", 90, options), tmp_path)
+        outputs = 8 * channels / (32 * warps)  # of a thread in one pass over a row
+        # The gradient goes over each row once for each column of the kernel.
+        passes = found.a_pass(size) if forward else found.loops[0] * size
+        each = passes / outputs
+        assert found.spilled == 0 and found.registers <= 255
+        assert each == pytest.approx(kernel_costs.DEPTHWISE[direction][size], rel=0.15)
+        assert not forward or each <= 100
 
 
 ONES = ("tokens", "heads", "blocks", "splits", "rows", "height", "width", "channels", "across")
+ONES += ("down", "images")
 
 
 @pytest.mark.parametrize(("module", "name", "constants"), CASES, ids=[c[1] for c in CASES])

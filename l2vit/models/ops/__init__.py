@@ -33,6 +33,7 @@ __all__ = [
 
 Order = Literal["auto", "kv", "qk"]
 _TRITON_HEAD_WIDTHS = (16, 32)
+_TRITON_KERNEL_SIZES = (3, 5, 7)
 LARGEST_GRID = 32768
 """Sequences that PyTorch's fused attention gets at once: with 65,536 CUDA refuses its grid."""
 
@@ -105,7 +106,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (C, 1, k, k) with k odd.
         bias: (C,) or None.
     """
-    triton = gpu.may_run("depthwise", x)
+    triton = weight.shape[3] in _TRITON_KERNEL_SIZES and gpu.may_run("depthwise", x)
     if not triton and not cpu.prefers_columns(x, weight):
         return reference.depthwise_conv(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
@@ -114,7 +115,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(dtype)
     if triton:
         x = x.permute(0, 2, 3, 1)
-        return torch.ops.l2vit.depthwise(x, weight, bias).permute(0, 3, 1, 2)
+        return torch.ops.l2vit.depthwise(x, weight, bias)[0].permute(0, 3, 1, 2)
     return cpu.depthwise_conv(x, weight, bias)
 
 

@@ -1,7 +1,11 @@
 """Depthwise convolution on (B, H, W, C): forward, and its gradients, accumulated in fp32.
 
-The input gradient is the forward pass with the kernel turned round. The weight gradient is summed
-in parts that a second step adds in a fixed order: no atomics, so a run repeats bit for bit.
+The forward pass slides down the rows: a program keeps the sums of the K output rows that an input
+row touches, so each input is read and converted K times, not K². Taps are made once a step, in
+fp32 and in blocks of channels, for the forward and both gradients. The input gradient is the same
+pass with the kernel turned round. The weight gradient slides down the rows, too, with K rows of
+the incoming gradient at hand; its sums are made in parts that a second step adds in a fixed order:
+no atomics, so a run repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -9,56 +13,102 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from l2vit.models.ops.reference import depthwise_conv
 
-_PROGRAMS = 1024  # of the weight gradient: enough to fill a GPU
+SIZES = (3, 5, 7)
+_PROGRAMS = 2048  # of the weight gradient: enough to fill a GPU
+_BLOCK_W = 8
+_ROWS = 28  # that a program slides over at most
+
+
+@triton.jit
+def _load(at: tl.tensor, valid: tl.tensor) -> tl.tensor:
+    return tl.load(at, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def forward_kernel(
     x: tl.tensor,
-    weight: tl.tensor,
+    taps: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
     channels: tl.tensor,
     across: tl.tensor,
+    down: tl.tensor,
+    rows: tl.tensor,
     HAS_BIAS: tl.constexpr,
+    FLIP: tl.constexpr,
+    EVEN: tl.constexpr,
     K: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """BLOCK_W pixels of a row, BLOCK_C channels. Grid (B·H·across, channel blocks)."""
-    row = (tl.program_id(0) // across).to(tl.int64)
+    """``rows`` rows of BLOCK_W columns and BLOCK_C channels. Grid (B·down·across, channel blocks).
+
+    ``s0 ... s6`` are the sums of output rows row − K/2 ... row + K/2; the first is complete.
+    """
+    R: tl.constexpr = K // 2
     column = (tl.program_id(0) % across) * BLOCK_W + tl.arange(0, BLOCK_W)
+    image = (tl.program_id(0) // across // down).to(tl.int64)
+    first = (tl.program_id(0) // across % down) * rows
+    last = tl.minimum(first + rows, height)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
-    line = (row % height).to(tl.int32)
-    sums = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    exists = (column < width)[:, None]
+    if not EVEN:
+        exists = exists & (channel < channels)[None, :]
+    source = x + image * height * width * channels
+    into = out + image * height * width * channels
+    tap_at = taps + tl.program_id(1) * (K * K * BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
+    tap_at = tap_at + column[:, None] * 0
+    start = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     if HAS_BIAS:
-        sums += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    for i in range(K):
-        above = line + i - K // 2
-        exists = (above >= 0) & (above < height)
-        source = x + (row + i - K // 2) * width * channels
-        for j in tl.static_range(K):
-            left = column + j - K // 2
-            valid = exists & (left >= 0) & (left < width)
-            values = tl.load(
-                source + left[:, None] * channels + channel[None, :],
-                mask=valid[:, None] & inside[None, :],
-                other=0.0,
-            )
-            factor = tl.load(weight + (i * K + j) * channels + channel, mask=inside, other=0.0)
-            sums += values.to(tl.float32) * factor.to(tl.float32)[None, :]
-    at = row * width * channels + column[:, None] * channels + channel[None, :]
-    valid = (column < width)[:, None] & inside[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=valid)
+        start += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    s0, s1, s2, s3, s4, s5, s6 = start, start, start, start, start, start, start
+    at = (first - R) * width * channels + column[:, None] * channels + channel[None, :]
+    for row in range(first - R, last + R):
+        within = (row >= 0) & (row < height)
+        for j in range(K):
+            left = column + j - R
+            valid = (within & (left >= 0) & (left < width))[:, None]
+            if not EVEN:
+                valid = valid & (channel < channels)[None, :]
+            value = _load(source + at + (j - R) * channels, valid)
+            tap = tap_at + ((K - 1 - j) if FLIP else j) * (K * BLOCK_C)
+            for m in tl.static_range(K):
+                term = value * tl.load(tap + (m if FLIP else K - 1 - m) * BLOCK_C)
+                if m == 0:
+                    s0 += term
+                elif m == 1:
+                    s1 += term
+                elif m == 2:
+                    s2 += term
+                elif m == 3:
+                    s3 += term
+                elif m == 4:
+                    s4 += term
+                elif m == 5:
+                    s5 += term
+                else:
+                    s6 += term
+        complete = exists & (row - R >= first)
+        tl.store(into + at - R * width * channels, s0.to(out.dtype.element_ty), mask=complete)
+        at += width * channels
+        s0, s1 = s1, s2
+        if K == 3:
+            s2 = start
+        else:
+            s2, s3 = s3, s4
+            if K == 5:
+                s4 = start
+            else:
+                s4, s5, s6 = s5, s6, start
 
 
 @triton.jit
@@ -66,62 +116,106 @@ def weight_gradient_kernel(
     x: tl.tensor,
     grad: tl.tensor,
     part: tl.tensor,
-    rows: tl.tensor,
+    images: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
     channels: tl.tensor,
     chunk: tl.tensor,
+    EVEN: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """One row of the kernel over ``chunk`` rows of the batch. Grid (chunks, channel blocks, K)."""
-    i = tl.program_id(2)
+    """One column j of the kernel over ``chunk`` images, and the bias beside the first.
+
+    Grid (chunks, channel blocks, K). ``part`` is (chunks, K·K + 1, C). ``g0 ... g6`` are rows
+    row − K/2 ... row + K/2 of the incoming gradient, which input row ``row`` meets with taps
+    K − 1 ... 0; ``t0 ... t6`` the sums for these.
+    """
+    R: tl.constexpr = K // 2
+    j = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
-    shift = tl.arange(0, KP)
-    sums = tl.zeros((KP, BLOCK_C), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * chunk
-    for row in range(first, tl.minimum(first + chunk, rows)):
-        above = row % height + i - K // 2
-        exists = (above >= 0) & (above < height)
-        here = grad + row * width * channels
-        there = x + (row + i - K // 2) * width * channels
-        for begin in range(0, width, BLOCK_W):
-            column = begin + tl.arange(0, BLOCK_W)
-            upstream = tl.load(
-                here + column[:, None] * channels + channel[None, :],
-                mask=(column < width)[:, None] & inside[None, :] & exists,
-                other=0.0,
-            ).to(tl.float32)
-            left = column[None, :] + shift[:, None] - K // 2
-            valid = exists & (left >= 0) & (left < width)
-            values = tl.load(
-                there + left[:, :, None] * channels + channel[None, None, :],
-                mask=valid[:, :, None] & inside[None, None, :],
-                other=0.0,
-            ).to(tl.float32)
-            sums += tl.sum(values * upstream[None, :, :], 1)
-    at = (tl.program_id(0).to(tl.int64) * K + i) * KP * channels
-    at += shift[:, None] * channels + channel[None, :]
-    tl.store(part + at, sums, mask=(shift < KP)[:, None] & inside[None, :])
+    inside = (channel < channels)[None, :]
+    begin = tl.program_id(0).to(tl.int64) * chunk
+    none = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    t0, t1, t2, t3, t4, t5, t6 = none, none, none, none, none, none, none
+    total = none
+    for image in range(begin, tl.minimum(begin + chunk, images)):
+        base = image * height * width * channels
+        for edge in range(0, width, BLOCK_W):
+            column = edge + tl.arange(0, BLOCK_W)
+            left = column + j - R
+            here = (column < width)[:, None]
+            there = ((column < width) & (left >= 0) & (left < width))[:, None]
+            if not EVEN:
+                here, there = here & inside, there & inside
+            at = base + column[:, None] * channels + channel[None, :]
+            shifted = at + (j - R) * channels
+            g0, g1, g2, g3, g4, g5, g6 = none, none, none, none, none, none, none
+            for row in range(-R, height):
+                # The row that comes in is the last of those around ``row``.
+                ahead = at + (row + R) * width * channels
+                fresh = _load(grad + ahead, here & (row + R < height))
+                g0, g1 = g1, g2
+                if K == 3:
+                    g2 = fresh
+                else:
+                    g2, g3 = g3, g4
+                    if K == 5:
+                        g4 = fresh
+                    else:
+                        g4, g5, g6 = g5, g6, fresh
+                if j == 0:
+                    total += fresh
+                value = _load(x + shifted + row * width * channels, there & (row >= 0))
+                t0 += value * g0
+                t1 += value * g1
+                t2 += value * g2
+                if K > 3:
+                    t3 += value * g3
+                    t4 += value * g4
+                if K > 5:
+                    t5 += value * g5
+                    t6 += value * g6
+    into = part + tl.program_id(0).to(tl.int64) * (K * K + 1) * channels + channel
+    seen = channel < channels
+    into_j = into + j * channels
+    tl.store(into_j + (K - 1) * K * channels, tl.sum(t0, 0), mask=seen)
+    tl.store(into_j + (K - 2) * K * channels, tl.sum(t1, 0), mask=seen)
+    tl.store(into_j + (K - 3) * K * channels, tl.sum(t2, 0), mask=seen)
+    if K > 3:
+        tl.store(into_j + (K - 4) * K * channels, tl.sum(t3, 0), mask=seen)
+        tl.store(into_j + (K - 5) * K * channels, tl.sum(t4, 0), mask=seen)
+    if K > 5:
+        tl.store(into_j + (K - 6) * K * channels, tl.sum(t5, 0), mask=seen)
+        tl.store(into_j + (K - 7) * K * channels, tl.sum(t6, 0), mask=seen)
+    if j == 0:
+        tl.store(into + K * K * channels, tl.sum(total, 0), mask=seen)
 
 
-def _blocks(width: int, channels: int) -> tuple[int, int]:
-    """Pixels and channels of a tile, powers of two that fit the map."""
-    return min(16, triton.next_power_of_2(width)), min(64, triton.next_power_of_2(channels))
+def _block_channels(channels: int) -> int:
+    return 64 if channels % 64 == 0 else 32
 
 
-def _forward(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """``taps`` is the kernel as (k·k, C)."""
-    x = x.contiguous()
+def _blocked_taps(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) as (channel blocks, K columns, K rows, channels of a block) in fp32."""
+    channels, _, size, _ = weight.shape
+    block = _block_channels(channels)
+    if channels % block:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, block - channels % block))
+    blocked = weight.view(-1, block, size, size).permute(0, 3, 2, 1)
+    memory = torch.contiguous_format
+    return blocked.to(torch.float32, memory_format=memory).contiguous()
+
+
+def _slide(x: Tensor, taps: Tensor, bias: Tensor | None, *, flip: bool) -> Tensor:
+    """The forward pass, or with ``flip`` that of the kernel turned round."""
     b, h, w, c = x.shape
-    block_w, block_c = _blocks(w, c)
-    across = triton.cdiv(w, block_w)
+    size, block = taps.shape[1], taps.shape[3]
+    across, down = triton.cdiv(w, _BLOCK_W), triton.cdiv(h, _ROWS)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):  # where Triton launches
-        forward_kernel[(b * h * across, triton.cdiv(c, block_c))](
+        forward_kernel[(b * down * across, taps.shape[0])](
             x,
             taps,
             x if bias is None else bias.contiguous(),
@@ -130,92 +224,107 @@ def _forward(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
             w,
             c,
             across,
+            down,
+            min(h, _ROWS),
             HAS_BIAS=bias is not None,
+            FLIP=flip,
+            EVEN=c % block == 0,
             K=size,
-            BLOCK_W=block_w,
-            BLOCK_C=block_c,
+            BLOCK_W=_BLOCK_W,
+            BLOCK_C=block,
+            num_warps=2 if size == 3 and block == 64 else 1,
+            num_stages=1,
         )
     return out
 
 
 @torch.library.custom_op("l2vit::depthwise", mutates_args=())
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Correlate (B, H, W, C) with (C, 1, k, k), k odd, zero padding; the same shape, contiguous."""
-    taps = weight.flatten(1).t().contiguous()
-    return _forward(x, taps, bias, weight.shape[3])
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Correlate (B, H, W, C) with (C, 1, K, K), K of ``SIZES``, zero padding.
+
+    Returns:
+        The result, contiguous; and the taps, which the gradients need.
+    """
+    taps = _blocked_taps(weight.contiguous())
+    return _slide(x.contiguous(), taps, bias, flip=False), taps
 
 
 @depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    channels, _, size, _ = weight.shape
+    block = _block_channels(channels)
+    taps = weight.new_empty(-(-channels // block), size, size, block, dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), taps
 
 
 @torch.library.custom_op("l2vit::depthwise_backward", mutates_args=())
-def depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, of the kernel (C, 1, k, k) and of the bias, the last two in fp32."""
+def depthwise_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the input, and in fp32 (K·K + 1, C) those of the taps and of the bias."""
     x, grad = x.contiguous(), grad.contiguous()
     b, h, w, c = x.shape
-    size = weight.shape[3]
-    grad_x = _forward(grad, weight.flatten(1).t().flip(0).contiguous(), None, size)
-    block_w, block_c = min(8, triton.next_power_of_2(w)), min(32, triton.next_power_of_2(c))
-    padded, groups = triton.next_power_of_2(size), triton.cdiv(c, block_c)
-    chunk = triton.cdiv(b * h, max(1, _PROGRAMS // (groups * size)))
-    chunks = triton.cdiv(b * h, chunk)
-    part = x.new_empty(chunks, size, padded, c, dtype=torch.float32)
+    groups, size, _, block = taps.shape
+    grad_x = _slide(grad, taps, None, flip=True)
+    narrow = min(block, 32)
+    groups = triton.cdiv(c, narrow)
+    chunk = triton.cdiv(b, max(1, _PROGRAMS // (groups * size)))
+    chunks = triton.cdiv(b, chunk)
+    part = x.new_empty(chunks, size * size + 1, c, dtype=torch.float32)
     with torch.cuda.device_of(x):  # where Triton launches
         weight_gradient_kernel[(chunks, groups, size)](
             x,
             grad,
             part,
-            b * h,
+            b,
             h,
             w,
             c,
             chunk,
+            EVEN=c % narrow == 0,
             K=size,
-            KP=padded,
-            BLOCK_W=block_w,
-            BLOCK_C=block_c,
+            BLOCK_W=_BLOCK_W,
+            BLOCK_C=narrow,
+            num_warps=1,
+            num_stages=1,
         )
-    grad_weight = part.sum(0)[:, :size].permute(2, 0, 1).reshape(weight.shape).contiguous()
-    return grad_x, grad_weight, grad.sum((0, 1, 2), dtype=torch.float32)
+    return grad_x, part.sum(0)
 
 
 @depthwise_backward.register_fake
-def _(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    def like(t: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-
-    wide = torch.float32
-    return like(x, x.dtype), like(weight, wide), weight.new_empty(weight.shape[0], dtype=wide)
+def _(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    size = taps.shape[1]
+    sums = x.new_empty(size * size + 1, x.shape[3], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), sums
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = torch.ops.l2vit.depthwise_backward(x, weight, grad)
-    bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
-    return grad_x, grad_weight.to(weight.dtype), bias
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, taps = ctx.saved_tensors
+    grad_x, sums = torch.ops.l2vit.depthwise_backward(x, taps, grad)
+    weight = sums[:-1].t().to(ctx.weight_dtype, memory_format=torch.contiguous_format)
+    bias = None if ctx.bias_dtype is None else sums[-1].to(ctx.bias_dtype)
+    return grad_x, weight.reshape(ctx.weight_shape), bias
 
 
 depthwise.register_autograd(_backward, setup_context=_keep)
 
 
 def check(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and gradients of a tiny input by the kernels and by PyTorch, for 3×3 and 7×7."""
+    """Output and gradients of a tiny input by the kernels and by PyTorch, for every size."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for size in (3, 7):
+    for size in SIZES:
         given = [(2, 5, 9, 40), (40, 1, size, size), (40,)]
         inputs = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in given]
         upstream = torch.randn(given[0], device=device, dtype=dtype)
-        x, weight, bias = inputs
-        by_torch = depthwise_conv(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
-        ways = (torch.ops.l2vit.depthwise(x, weight, bias), by_torch)
+        nchw = inputs[0].permute(0, 3, 1, 2)
+        theirs = depthwise_conv(nchw, *inputs[1:]).permute(0, 2, 3, 1)
+        ways = (torch.ops.l2vit.depthwise(*inputs)[0], theirs)
         for kept, out in zip(found, ways, strict=True):
             kept += [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
     return found
