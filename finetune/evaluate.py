@@ -32,6 +32,7 @@ from l2vit.train.evaluation import restricted
 from l2vit.train.weights import Preprocessing, PretrainedWeights, read_pretrained
 
 _NAME = "finetune evaluate"
+WEIGHTS_HELP = "of a checkpoint; auto: the better of both on data.val, else the EMA"
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -170,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
     add("--data", required=True, type=Path, help="shard directory, or a folder per class")
     add("--name", default="", help="registry name, for released files of other networks")
-    add("--weights", choices=("auto", "raw", "ema"), default="auto")
+    add("--weights", choices=("auto", "raw", "ema"), default="auto", help=WEIGHTS_HELP)
     add("--label-set", choices=datasets.LABEL_SETS, default="data")
     add("--input-size", type=int, default=0, help="pixels; default: as the model was exported")
     add("--window-size", type=int, default=0)
@@ -278,6 +279,7 @@ def _record(
         "model": str(source.path),
         "architecture": source.model,
         "weights": source.which,
+        "weights_choice": source.choice,
         "data": str(dataset.path),
         "manifest_hash": dataset.identity,
         "label_set": options.label_set,

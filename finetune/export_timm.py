@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from finetune import datasets, formats, model_card, sample_images, verification
-from finetune.evaluate import Setting, default_device, evaluate_model
+from finetune.evaluate import WEIGHTS_HELP, Setting, default_device, evaluate_model
 from finetune.sample_images import Sample
 from l2vit import cli, files
 from l2vit.data import labels
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-size", type=int, default=0, help="another input size than the trained one")
     add("--crop-fraction", type=float, default=0.0)
     add("--crop-mode", choices=("center", "squash"))
-    add("--weights", choices=("auto", "raw", "ema"), default="auto", help="auto: EMA if any")
+    add("--weights", choices=("auto", "raw", "ema"), default="auto", help=WEIGHTS_HELP)
     add("--ema", action="store_const", const="ema", dest="weights", help="as --weights ema")
     add("--images", type=Path, help="pictures for the proof; default: the run's data.val")
     add("--proof-images", type=int, default=64, help="how many; 0 for all of them")

@@ -33,7 +33,7 @@ def onnx(directory: Path, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
-        raise UserError(f"--onnx needs {error.name}: pip install -r requirements-dev.txt") from None
+        raise UserError(f"--onnx needs {error.name}: pip install 'l2vit[export]'") from None
     name = "model.onnx"
     example = _batch(inputs, _EXAMPLE)
     with _quiet():

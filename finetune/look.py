@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune import maps, pictures, sample_images, verification
-from finetune.evaluate import default_device
+from finetune.evaluate import WEIGHTS_HELP, default_device
 from finetune.maps import AttentionMap
 from finetune.sample_images import Sample
 from l2vit import cli, files
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, type=Path, help="exported directory, run, checkpoint or file")
     add("--images", type=Path, help="shards, a folder or a picture; default: two photographs")
     add("--name", default="", help="registry name, for released files of other networks")
-    add("--weights", choices=("auto", "raw", "ema"), default="auto")
+    add("--weights", choices=("auto", "raw", "ema"), default="auto", help=WEIGHTS_HELP)
     add("--count", type=int, default=6, help="pictures shown")
     add("--layer", default="", help="module for Grad-CAM; default: the last stage")
     add("--class", dest="wanted", default="", help="class to explain; default: the answer")
