@@ -32,7 +32,7 @@ class BadSampleLog:
         directory: of the shards, for messages.
     """
 
-    def __init__(self, path: Path | None, *, rank: int, limit: int, directory: Path) -> None:
+    def __init__(self, path: Path | None, *, rank: int, limit: int, directory: Path | str) -> None:
         self._path, self._rank, self._directory = path, rank, directory
         self.limit = limit
         self._seen: set[int] = set()
@@ -114,7 +114,7 @@ def recorded(path: Path) -> set[int]:
 class NoBadSamples:
     """For evaluation, which is exact or fails: refuses the first unusable sample."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | str) -> None:
         self._directory = directory
 
     def record(self, bad: list[BadRecord], *, complete: bool = True) -> None:

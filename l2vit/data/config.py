@@ -38,9 +38,14 @@ class DataConfig:
     """Where samples come from and what reads them."""
 
     train: str = ""
-    """Shard directory to train on."""
+    """Shard directory to train on, or its address (``s3://…``, ``gs://…``, ``https://…``)."""
     val: str = ""
-    """Shard directory to evaluate on; empty for no evaluation."""
+    """Shard directory to evaluate on, or its address; empty for no evaluation."""
+    cache_dir: str = ""
+    """Directory on a local disk that shards are read through: needed for an address, worthwhile
+    for a slow file system. The ranks of a node share it."""
+    cache_gib: Positive = 100.0
+    """Most the cache holds; the least recently used goes first."""
     backend: Literal["auto", "pil", "dali", "host"] = "auto"
     """pil: worker processes, timm's pixels. dali: one graph, for GPUs. auto: dali on a GPU, else
     pil. host is pil's former name."""

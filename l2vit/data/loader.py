@@ -23,6 +23,7 @@ from l2vit.data.dali import DaliBatches, EvalSource, Source, TrainSource
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import SampleOrder, Share, Split
 from l2vit.data.pil import PilEvalSet, PilTrainSet
+from l2vit.data.shard_cache import shard_cache
 from l2vit.data.shards import ShardReader
 from l2vit.data.subset import subset_ids
 from l2vit.data.workers import WorkerBatches
@@ -71,20 +72,20 @@ def train_loader(
         UserError: no step begins at ``images_seen``, or the subset's labels cannot be read; while
             iterating, too many unusable samples or a worker process that was killed.
     """
-    directory = Path(data.train)
+    where = data.train
     order = SampleOrder(
         manifest.hash,
         [shard.samples for shard in manifest.shards],
         seed=seed,
         chunk=data.chunk,
         global_batch=split.global_batch,
-        subset=subset_ids(data.subset, directory, manifest, seed=seed),
+        subset=subset_ids(data.subset, where, manifest, seed=seed),
     )
     planner = TrainPlanner(order, Share(rank, split), images_seen)
     planner.plan(0)  # refuse an impossible images_seen here, not in a worker
     sampler = AugmentSampler(augment, input_size=data.input_size, seed=seed)
-    reader = ShardReader(directory, manifest)
-    log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=directory)
+    reader = open_reader(data, where, manifest)
+    log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=where)
     batches: Batches
     if data.backend_on(device.type) == "pil":
         dataset: torch.utils.data.Dataset[DecodedBatch]
@@ -97,6 +98,15 @@ def train_loader(
         batches = _dali_batches(source, data, device, batch=split.micro_batch, augment=augment)
     normalizer = Normalizer(mean=augment.mean, std=augment.std, device=device)
     return TrainLoader(batches, normalizer, log, order=order, device=device)
+
+
+def open_reader(data: DataConfig, where: Path | str, manifest: Manifest) -> ShardReader:
+    """Samples of the shards at ``where``, through ``data.cache_dir`` where it is set.
+
+    Raises:
+        ConfigError: an address without ``data.cache_dir``.
+    """
+    return ShardReader(where, manifest, shard_cache(data, where, manifest))
 
 
 def _stream_set(
@@ -232,12 +242,12 @@ def eval_loader(
     """
     config.check(dataset)
     config.check(evaluation)
-    directory = Path(dataset.data)
+    where = dataset.data
     size = dataset.input_size or data.input_size
     crop = dataset.crop_fraction or evaluation.crop_fraction
-    manifest = Manifest.load(directory)
+    manifest = Manifest.load(where)
     planner = EvalPlanner(manifest.samples, rank, world, evaluation.batch)
-    reader, log = ShardReader(directory, manifest), NoBadSamples(directory)
+    reader, log = open_reader(data, where, manifest), NoBadSamples(where)
     batches: Batches
     if data.backend_on(device.type) == "pil":
         pictures = PilEvalSet(

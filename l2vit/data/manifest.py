@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from l2vit import files
 from l2vit.data.config import DataConfig
+from l2vit.data.storage import is_remote, open_source
 from l2vit.errors import UserError
 
 FORMAT = 1
@@ -115,20 +117,28 @@ class Manifest:
         )
 
     @classmethod
-    def load(cls, directory: Path) -> Manifest:
-        """Read and check ``directory/manifest.json``.
+    def load(cls, directory: Path | str) -> Manifest:
+        """Read and check ``manifest.json`` of a directory, here or at an address.
 
         Raises:
             UserError: no manifest (the build did not finish), another format, or a manifest
                 whose recorded hashes and counts do not agree with its content.
         """
-        path = directory / MANIFEST_NAME
-        if not path.exists():
+        source = open_source(directory)
+        path = f"{source.address}/{MANIFEST_NAME}"
+        try:
+            content = source.read(MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{directory} holds no {MANIFEST_NAME}: not a finished shard directory;"
                 f" finish `python -m data_prep build ... --out {directory}`"
-            )
-        raw = files.read_json(path, what="manifest")
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        try:
+            raw = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"manifest {path} cannot be read: {error}") from None
         manifest = cls._parse(raw, path)
         for key in ("hash", "class_hash", "samples"):
             if raw.get(key) != getattr(manifest, key):
@@ -136,7 +146,7 @@ class Manifest:
         return manifest
 
     @classmethod
-    def _parse(cls, raw: Any, path: Path) -> Manifest:
+    def _parse(cls, raw: Any, path: str) -> Manifest:
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else None
             raise UserError(f"{path}: format {found!r}; this version reads format {FORMAT}")
@@ -154,16 +164,15 @@ class Manifest:
             raise UserError(f"{path}: malformed manifest ({error})") from error
 
     @classmethod
-    def of_training(cls, data: DataConfig) -> Manifest:
-        """The manifest of ``data.train``, its shards checked unless they are streamed.
+    def of_training(cls, data: DataConfig, *, check: bool = True) -> Manifest:
+        """The manifest of ``data.train``; ``check`` looks at its shards, where they are files.
 
         Raises:
             UserError: of :meth:`load` and :meth:`require_shards`.
         """
-        directory = Path(data.train)
-        manifest = cls.load(directory)
-        if not data.stream:
-            manifest.require_shards(directory)
+        manifest = cls.load(data.train)
+        if check and not data.stream and not is_remote(data.train):
+            manifest.require_shards(Path(data.train))
         return manifest
 
     def require_shards(self, directory: Path) -> None:
@@ -172,9 +181,11 @@ class Manifest:
         Raises:
             UserError: names the first missing or resized file.
         """
+        with os.scandir(directory) as entries:
+            present = {entry.name for entry in entries}
         for shard in self.shards:
             for name in (shard.name, shard.index_name):
-                if not (directory / name).is_file():
+                if name not in present:
                     raise UserError(
                         f"missing shard file {directory / name}; rebuild it with"
                         f" `python -m data_prep verify {directory} --repair`"

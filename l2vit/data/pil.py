@@ -19,6 +19,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 
 from l2vit.data.augment import NO_OP, OPS, AugmentSampler, fill_colour
 from l2vit.data.batch import DecodedBatch, EvalPlanner, TrainPlanner, read_batch
+from l2vit.data.shard_cache import AHEAD_BATCHES
 from l2vit.data.shards import JPEG_START, BadSample, ShardReader
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -35,8 +36,14 @@ class PilTrainSet(torch.utils.data.Dataset[DecodedBatch]):
     sampler: AugmentSampler
     limit: int
     """Bad samples of one batch after which to give up."""
+    _announced: int = 0
 
     def __getitem__(self, number: int) -> DecodedBatch:
+        if self.reader.is_cached:
+            upcoming = range(max(self._announced, number + 1), number + AHEAD_BATCHES + 1)
+            self._announced = upcoming.stop
+            for later in upcoming:
+                self.reader.announce(self.planner.plan(later).ids)
         batch, pictures = read_batch(
             self.reader,
             self.planner.plan(number),

@@ -6,6 +6,7 @@ and never mapped: a shard that vanishes under a mapping would kill the process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -23,6 +24,8 @@ import simplejpeg
 from PIL import Image
 
 from l2vit.data.manifest import LABEL_WIDTH, MANIFEST_NAME, Manifest
+from l2vit.data.shard_cache import ShardCache
+from l2vit.data.storage import Source, open_source
 from l2vit.errors import UserError
 
 INDEX_VERSION = b"v1.2"
@@ -35,6 +38,8 @@ _OTHER_FILES = 1024
 """Descriptors left to the rest of the process, evaluation sets and communication included: as many
 as it usually has in all. Half of them all where so many are not allowed."""
 _NOT_THE_SAMPLES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_INDEXES = 512
+"""Indexes kept in memory, the least recently used dropped: a rank reads few shards at a time."""
 _RUN_AHEAD = 16
 """Neighbours asked for with a sample: a lane reads them next."""
 _LABEL_FIELDS = re.compile(rb"cls (\d+) %d .*\n" % LABEL_WIDTH)
@@ -65,10 +70,10 @@ class _Index:
     themselves stay in their file.
     """
 
-    def __init__(self, path: Path) -> None:
-        text = np.frombuffer(read_index(path.with_suffix(".idx")), np.uint8)
-        self.line_ends = np.flatnonzero(text == ord("\n")).astype(np.uint32)
-        self.checksums = read_checksums(path)
+    def __init__(self, text: bytes, checksums: np.ndarray | None) -> None:
+        lines = np.frombuffer(text, np.uint8)
+        self.line_ends = np.flatnonzero(lines == ord("\n")).astype(np.uint32)
+        self.checksums = checksums
 
     def members(self, number: int, descriptor: int) -> dict[bytes, tuple[int, int, bytes]]:
         """Offset, size and name of each member of sample ``number``, by extension."""
@@ -86,12 +91,12 @@ class _Index:
 
 
 class _OpenShard:
-    """The descriptors of a tar and of its index."""
+    """The descriptors of a tar (unless it is read through a cache) and of its index."""
 
-    def __init__(self, path: Path) -> None:
-        self.tar = self.lines = -1
-        self.tar = os.open(path, os.O_RDONLY)
-        self.lines = os.open(path.with_suffix(".idx"), os.O_RDONLY)
+    def __init__(self, tar: Path | None, lines: int) -> None:
+        self.tar, self.lines = -1, lines
+        if tar is not None:
+            self.tar = os.open(tar, os.O_RDONLY)
 
     def __del__(self) -> None:
         # the last reader of an evicted shard closes it, in whatever thread that is
@@ -106,8 +111,11 @@ class ShardReader:
     Picklable and safe to use after a fork: files are opened again where they are needed.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory = directory
+    def __init__(
+        self, directory: Path | str, manifest: Manifest, cache: ShardCache | None = None
+    ) -> None:
+        self._directory = Path(directory)
+        self._cache = cache
         self._names = [shard.name for shard in manifest.shards]
         self._classes = len(manifest.classes)
         self._firsts = manifest.first_ids
@@ -115,13 +123,13 @@ class ShardReader:
 
     def _reset(self) -> None:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._indexes: dict[int, _Index] = {}
+        self._indexes: OrderedDict[int, _Index] = OrderedDict()
         self._most_open = _may_open(min(_OPEN_SHARDS, len(self._names)))
         self._lock = threading.Lock()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
-        kept = ("_directory", "_names", "_classes", "_firsts")
+        kept = ("_directory", "_names", "_classes", "_firsts", "_cache")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -133,6 +141,11 @@ class ShardReader:
         shard = int(np.searchsorted(self._firsts, sample_id, side="right")) - 1
         return shard, int(sample_id - self._firsts[shard])
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether samples come through a cache, which wants to know ahead what is needed."""
+        return self._cache is not None
+
     def shard_name(self, sample_id: int) -> str:
         return self._names[self.locate(sample_id)[0]]
 
@@ -140,15 +153,24 @@ class ShardReader:
         """The sample's key; ``shard#number`` where the index cannot be read."""
         shard, number = self.locate(sample_id)
         try:
-            with (self._directory / self._names[shard]).with_suffix(".idx").open("rb") as lines:
-                members = self._index(shard).members(number, lines.fileno())
+            index = self._index(shard)  # the tar may be the one that is gone
+            lines = self._open_index(shard)
+            try:
+                members = index.members(number, lines)
+            finally:
+                os.close(lines)
         except (BadSample, OSError):
             return f"{self._names[shard]}#{number}"
         name = next(iter(members.values()))[2]
         return name.rsplit(b".", 1)[0].decode(errors="replace")
 
     def announce(self, sample_ids: np.ndarray) -> None:
-        """Ask the system to have samples, and their next neighbours, in memory soon."""
+        """Have samples, and their next neighbours, fetched or read ahead soon."""
+        if self._cache is not None:
+            for sample_id in sample_ids.tolist():
+                shard, number = self.locate(sample_id)
+                self._cache.announce(self, shard, number)
+            return
         for sample_id in sample_ids.tolist():
             shard, number = self.locate(sample_id)
             try:
@@ -174,7 +196,11 @@ class ShardReader:
         shard, number = self.locate(sample_id)
         try:
             return self._read(shard, number, sample_id)
-        except OSError:
+        except (OSError, BadSample) as error:
+            if isinstance(error, BadSample):
+                if self._cache is None:
+                    raise
+                self._cache.drop(shard, number)  # it may have been damaged here
             with self._lock:  # the file may have been replaced: look again
                 self._open.pop(shard, None)
                 self._indexes.pop(shard, None)
@@ -197,7 +223,10 @@ class ShardReader:
             raise BadSample("the index names no .jpg (or .webp) and .cls for it") from None
         start = min(image_at, label_at)
         stop = max(image_at + size, label_at + label_size)
-        data = os.pread(opened.tar, stop - start, start)
+        if self._cache is None:
+            data = os.pread(opened.tar, stop - start, start)
+        else:
+            data = self._cache.read(self, shard, number, start, stop)
         if len(data) < stop - start:
             raise BadSample("the shard ends before the sample does")
         image = data[image_at - start : image_at - start + size]
@@ -224,10 +253,57 @@ class ShardReader:
             raise BadSample("checksum differs from the one recorded")
 
     def _index(self, shard: int) -> _Index:
-        index = self._indexes.get(shard)
-        if index is None:
-            index = self._indexes[shard] = _Index(self._directory / self._names[shard])
+        with self._lock:
+            index = self._indexes.get(shard)
+            if index is not None:
+                self._indexes.move_to_end(shard)
+                return index
+        path = self._directory / self._names[shard]
+        if self._cache is None:
+            lines = path.with_suffix(".idx")
+            index = _Index(read_index(lines.read_bytes(), lines.name), read_checksums(path))
+        else:
+            index = _Index(self._cache.index(shard), self._cache.checksums(shard))
+        with self._lock:
+            self._indexes[shard] = index
+            while len(self._indexes) > _INDEXES:
+                self._indexes.popitem(last=False)
         return index
+
+    def _open_index(self, shard: int) -> int:
+        if self._cache is not None:
+            return self._cache.open_index(shard)
+        return os.open((self._directory / self._names[shard]).with_suffix(".idx"), os.O_RDONLY)
+
+    def span(self, shard: int, first: int, count: int) -> tuple[int, int]:
+        """Where ``count`` samples of a shard lie in its tar: first byte and end.
+
+        Raises:
+            BadSample: the index is malformed.
+        """
+        index, lines = self._index(shard), self._shard(shard).lines
+        last = min(first + count, len(index.line_ends) - 1) - 1
+        start = min(at for at, _, _ in index.members(first, lines).values())
+        stop = max(at + size for at, size, _ in index.members(last, lines).values())
+        return start, stop
+
+    def is_sound(self, shard: int, first: int, count: int, start: int, content: bytes) -> bool:
+        """Whether samples in ``content``, which begins at byte ``start``, have their checksums."""
+        index, lines = self._index(shard), self._shard(shard).lines
+        if index.checksums is None:
+            return True
+        with contextlib.suppress(BadSample, KeyError, StopIteration, IndexError):
+            for number in range(first, min(first + count, len(index.line_ends) - 1)):
+                members = index.members(number, lines)
+                extension = next(name for name in IMAGE_EXTENSIONS if name in members)
+                image, label = (
+                    content[at - start : at - start + size]
+                    for at, size, _ in (members[extension], members[b"cls"])
+                )
+                if checksum(image, label) != int(index.checksums[number]):
+                    return False
+            return True
+        return False
 
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():
@@ -237,7 +313,8 @@ class ShardReader:
             if opened is not None:
                 self._open.move_to_end(shard)
                 return opened
-        opened = _OpenShard(self._directory / self._names[shard])
+        path = None if self._cache else self._directory / self._names[shard]
+        opened = _OpenShard(path, self._open_index(shard))
         with self._lock:
             opened = self._open.setdefault(shard, opened)
             while len(self._open) > self._most_open:
@@ -256,19 +333,18 @@ def _may_open(shards: int) -> int:
     return max(1, shards)
 
 
-def read_labels(directory: Path, manifest: Manifest) -> np.ndarray:
+def read_labels(directory: Path | str, manifest: Manifest) -> np.ndarray:
     """(samples,) int32: every label, from the label files, or the shards that have none.
 
     Raises:
         UserError: a label or a shard cannot be read.
     """
-    classes = len(manifest.classes)
+    classes, source = len(manifest.classes), open_source(directory)
     found = np.empty(manifest.samples, np.int32)
     for shard, first in zip(manifest.shards, manifest.first_ids.tolist(), strict=False):
-        path = directory / shard.name
-        kept = path.with_suffix(LABELS_SUFFIX)
+        path = f"{source.address}/{shard.name}"
         try:
-            labels = np.fromfile(kept, "<u4") if kept.exists() else _labels_inside(path, classes)
+            labels = _labels_of(source, shard.name, classes)
         except (BadSample, OSError) as error:
             raise UserError(f"cannot read the labels of {path}: {error}") from None
         if len(labels) != shard.samples or (labels >= classes).any():
@@ -279,11 +355,14 @@ def read_labels(directory: Path, manifest: Manifest) -> np.ndarray:
     return found
 
 
-def _labels_inside(path: Path, classes: int) -> np.ndarray:
-    starts = [int(at) for at in _LABEL_FIELDS.findall(read_index(path.with_suffix(".idx")))]
-    with path.open("rb") as stream:
-        descriptor = stream.fileno()
-        texts = [os.pread(descriptor, LABEL_WIDTH, at) for at in starts]
+def _labels_of(source: Source, shard: str, classes: int) -> np.ndarray:
+    path = Path(shard)
+    try:
+        return np.frombuffer(source.read(path.with_suffix(LABELS_SUFFIX).name), "<u4")
+    except FileNotFoundError:
+        index = read_index(source.read(path.with_suffix(".idx").name), shard)
+    starts = [int(at) for at in _LABEL_FIELDS.findall(index)]
+    texts = [source.read(shard, at, at + LABEL_WIDTH) for at in starts]
     known = _known_labels(classes)
     labels = (known[text] if text in known else parse_label(text, classes) for text in texts)
     return np.fromiter(labels, np.int32, len(texts))
@@ -294,15 +373,14 @@ def _known_labels(classes: int) -> dict[bytes, int]:
     return {b"%0*d" % (LABEL_WIDTH, label): label for label in range(classes)}
 
 
-def read_index(path: Path) -> bytes:
-    """The lines of a DALI index, its heading first.
+def read_index(lines: bytes, name: str) -> bytes:
+    """The lines of the DALI index ``name``, its heading first.
 
     Raises:
         BadSample: not an index of version 1.2.
     """
-    lines = path.read_bytes()
     if not lines.startswith(INDEX_VERSION) or b"\n" not in lines:
-        raise BadSample(f"{path.name} is no DALI index of version 1.2")
+        raise BadSample(f"{name} is no DALI index of version 1.2")
     return lines
 
 

@@ -11,6 +11,7 @@ from l2vit.data.config import SubsetConfig
 from l2vit.data.manifest import Manifest
 from l2vit.data.rng import derive_key, uniforms
 from l2vit.data.shards import BadSample, read_index, read_labels
+from l2vit.data.storage import open_source
 from l2vit.errors import ConfigError, UserError
 
 _KEYS = re.compile(rb"\n\S+ \d+ \d+ (\S+)\.")
@@ -18,7 +19,7 @@ _KEYS = re.compile(rb"\n\S+ \d+ \d+ (\S+)\.")
 
 
 def subset_ids(
-    config: SubsetConfig, directory: Path, manifest: Manifest, *, seed: int
+    config: SubsetConfig, directory: Path | str, manifest: Manifest, *, seed: int
 ) -> np.ndarray | None:
     """Sorted ids of the samples that every setting of ``config`` admits; None for all.
 
@@ -60,7 +61,7 @@ def _lines(path: Path, what: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _of_classes(directory: Path, manifest: Manifest, path: Path) -> np.ndarray:
+def _of_classes(directory: Path | str, manifest: Manifest, path: Path) -> np.ndarray:
     wanted = _lines(path, "classes")
     number = {name: label for label, name in enumerate(manifest.classes)}
     unknown = [name for name in wanted if name not in number]
@@ -73,14 +74,15 @@ def _of_classes(directory: Path, manifest: Manifest, path: Path) -> np.ndarray:
     return admitted[read_labels(directory, manifest)]
 
 
-def _with_keys(directory: Path, manifest: Manifest, path: Path) -> np.ndarray:
+def _with_keys(directory: Path | str, manifest: Manifest, path: Path) -> np.ndarray:
     wanted = frozenset(line.encode() for line in _lines(path, "exclude"))
     found = np.zeros(manifest.samples, bool)
-    missing = set(wanted)
+    missing, source = set(wanted), open_source(directory)
     for shard, first in zip(manifest.shards, manifest.first_ids.tolist(), strict=False):
-        index = directory / shard.index_name
+        index = f"{source.address}/{shard.index_name}"
         try:
-            keys = _KEYS.findall(read_index(index))
+            lines = source.read(shard.index_name)
+            keys = _KEYS.findall(read_index(lines, shard.index_name))
         except (BadSample, OSError) as error:
             raise UserError(f"cannot read {index}: {error}") from None
         if len(keys) != shard.samples:

@@ -1,0 +1,310 @@
+"""Shards through a cache: the same batches as from a disk, whatever the server and the cache do."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import http.server
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from l2vit.data import storage
+from l2vit.data.cache import RangeCache
+from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig, SubsetConfig
+from l2vit.data.loader import eval_loader, open_reader, train_loader
+from l2vit.data.manifest import Manifest
+from l2vit.data.order import Split
+from l2vit.errors import ConfigError, UserError
+
+CPU = torch.device("cpu")
+SMALL = 1e-4  # GiB: less than half of the shards' 270 kB
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves byte ranges of a directory, and fails as ``fail(path, count)`` says."""
+
+    requests: list[str]
+    fail = staticmethod(lambda path, count: "")
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        failure = self.fail(self.path, self.requests.count(self.path))
+        path = Path(self.translate_path(self.path))
+        if failure == "stall":
+            time.sleep(600)
+        if failure in ("404", "503", "403") or not path.is_file():
+            return self.send_error(int(failure or 404))
+        data, status = path.read_bytes(), 200
+        found = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if found:
+            data, status = data[int(found[1]) : int(found[2] or len(data)) + 1], 206
+        if failure == "damage":
+            data = bytes(len(data))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if failure == "cut" else data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(shards):
+    handler = type("Handler", (Server,), {"requests": []})
+    made = functools.partial(handler, directory=str(shards.directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        handler.address = f"http://127.0.0.1:{running.server_port}"
+        yield handler
+        running.shutdown()
+
+
+def load(where, cache="", *, backend="pil", threads=0, seen=0, steps=8, gib=1.0, log=None, **data):
+    settings = DataConfig(
+        train=str(where),
+        backend=backend,
+        input_size=32,
+        threads=threads,
+        chunk=16,
+        cache_dir=str(cache),
+        cache_gib=gib,
+        **data,
+    )
+    loader = train_loader(
+        settings,
+        AugmentConfig(),
+        manifest=Manifest.of_training(settings),
+        split=Split(8, 2, 1),
+        rank=0,
+        seed=3,
+        device=CPU,
+        images_seen=seen,
+        bad_samples_log=log,
+    )
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        loader.close()
+
+
+def equal(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.sample_ids, theirs.sample_ids)
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+
+
+def size_of(cache):
+    return sum(p.stat().st_size for p in cache.glob("*/**/*") if p.is_file())
+
+
+@pytest.mark.parametrize(
+    "backend, threads, gib", [("pil", 0, 1.0), ("pil", 2, SMALL), ("dali", 1, SMALL)]
+)
+def test_a_server_gives_what_a_disk_gives(shards, server, tmp_path, backend, threads, gib):
+    """Over epochs, resumed, by both backends, with a cache smaller than the data."""
+    local = load(shards.directory, backend=backend, threads=1, steps=12)
+    cache = tmp_path / "cache"
+    options = {"backend": backend, "threads": threads, "gib": gib}
+    equal(load(server.address, cache, steps=12, **options), local)
+    equal(load(server.address, cache, seen=32, steps=8, **options), local[4:])
+    assert size_of(cache) <= gib * 2**30
+
+
+def test_a_warm_cache_asks_for_the_manifest_alone(shards, server, tmp_path):
+    load(server.address, tmp_path, steps=20)
+    server.requests.clear()
+    equal(load(server.address, tmp_path, steps=20), load(shards.directory, steps=20))
+    assert set(server.requests) == {"/manifest.json"}
+
+
+def test_shards_are_staged_from_a_slow_disk(shards, tmp_path):
+    equal(load(shards.directory, tmp_path, steps=20), load(shards.directory, steps=20))
+    for path in tmp_path.glob("*/shard-*/*"):
+        first, count = map(int, path.name.split("-"))
+        tar = (shards.directory / f"{path.parent.name}.tar").read_bytes()
+        assert path.read_bytes() in tar and count == 4 and first % 4 == 0
+
+
+def test_subsets_and_evaluation_read_an_address(shards, server, tmp_path):
+    chosen = tmp_path / "classes.txt"
+    chosen.write_text("\n".join(f"n{i:08d}" for i in range(8)))
+    without = tmp_path / "without.txt"
+    without.write_text(shards.keys[7])
+    subset = SubsetConfig(classes=str(chosen), exclude=str(without))
+    found = load(server.address, tmp_path / "cache", subset=subset)
+    equal(found, load(shards.directory, subset=subset))
+    results = []
+    for where, cache in ((server.address, tmp_path / "cache"), (shards.directory, "")):
+        data = DataConfig(backend="pil", input_size=32, threads=0, cache_dir=str(cache))
+        loader = eval_loader(
+            EvalSetConfig(str(where)), data, EvalConfig(), AugmentConfig(), device=CPU
+        )
+        results.append(list(loader))
+    equal(*results)
+
+
+@pytest.mark.parametrize("failure", ["503", "cut", "stall", "damage"])
+def test_a_failure_that_passes_is_not_seen(shards, server, tmp_path, monkeypatch, failure):
+    """Each file fails when it is first asked for."""
+    monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 8.0)
+    calm = ("/manifest.json", ".crc") if failure == "damage" else ()
+    slow = failure == "stall"
+
+    def fail(path, count):
+        if path.endswith(calm) and calm:
+            return ""
+        return failure if count == 1 and (not slow or path.endswith("0.tar")) else ""
+
+    server.fail = staticmethod(fail)
+    equal(load(server.address, tmp_path, steps=6), load(shards.directory, steps=6))
+
+
+@pytest.mark.parametrize("failure", ["503", "stall"])
+def test_a_dead_server_is_named(server, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(storage, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 1.5)
+    server.fail = staticmethod(lambda path, count: failure if path.endswith(".tar") else "")
+    with pytest.raises(
+        UserError, match=rf"cannot read {server.address}/shard-00000\d.tar: nothing"
+    ):
+        load(server.address, tmp_path)
+
+
+def test_nobody_listens_at_the_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)
+    with pytest.raises(UserError, match=r"cannot read http://127.0.0.1:9/s/manifest.json: nothing"):
+        load("http://127.0.0.1:9/s", tmp_path)
+    assert storage.SILENT_SECONDS < 60
+
+
+def test_the_limits_leave_room_within_a_minute():
+    """The last request may begin just before the limit and last a stall's time."""
+    assert storage.SILENT_SECONDS + storage.STALL_SECONDS < 60
+
+
+def test_a_missing_shard_is_bad_samples_as_on_a_disk(server, tmp_path):
+    server.fail = staticmethod(lambda path, count: "404" if path.endswith("01.tar") else "")
+    log = tmp_path / "bad.jsonl"
+    batches = load(server.address, tmp_path / "cache", log=log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines and {line["shard"] for line in lines} == {"shard-000001.tar"}
+    assert all("No such file" in line["reason"] and "#" not in line["key"] for line in lines)
+    assert not {i for b in batches for i in b.sample_ids.tolist()} & set(range(13, 26))
+
+
+def test_an_index_that_is_not_the_manifests_is_refused(make_shards, tmp_path):
+    shards = make_shards()
+    index = next(shards.directory.glob("*.idx"))
+    index.write_text(index.read_text().replace(" 1", " 2", 1))
+    with pytest.raises(UserError, match=rf"{index.name} is not the index that the manifest names"):
+        load(shards.directory, tmp_path / "cache", steps=20)
+
+
+def test_a_damaged_range_in_the_cache_is_fetched_again(shards, tmp_path):
+    expected = load(shards.directory, steps=20)
+    load(shards.directory, tmp_path, steps=20)
+    for path in tmp_path.glob("*/shard-*/*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    equal(load(shards.directory, tmp_path, steps=20), expected)
+
+
+def test_an_address_needs_a_cache(server):
+    with pytest.raises(ConfigError, match=rf"data.cache_dir is required to read {server.address}"):
+        load(server.address)
+
+
+# -- the cache itself
+
+
+def test_the_least_recently_used_goes(tmp_path):
+    cache = RangeCache(tmp_path, 1000)
+    for i in range(9):
+        cache.read(f"a/{i}", lambda: bytes(100))
+    for i in (0, 2):
+        time.sleep(0.01)
+        assert cache.read(f"a/{i}", lambda: pytest.fail("it is there"), 40, 10) == bytes(10)
+    cache.read("a/9", lambda: bytes(200))
+    left = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"0", "2", "9"} <= left and "1" not in left and size_of(tmp_path) <= 1000
+
+
+PROCESS = """
+import os, sys, time
+from pathlib import Path
+from l2vit.data.cache import RangeCache
+root, log = Path(sys.argv[1]), Path(sys.argv[2])
+cache = RangeCache(root, 40_000)
+def fetch(i):
+    with log.open("a") as stream:
+        stream.write(f"{i}\\n")
+    return bytes([i]) * 1000
+for turn in range(int(sys.argv[3])):
+    for i in range(30):
+        assert cache.read(f"x/{i}", lambda: fetch(i)) == bytes([i]) * 1000
+"""
+
+
+def test_processes_fetch_a_range_once(tmp_path):
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "c"), str(tmp_path / "log"), "3"]
+    runs = [subprocess.Popen(command) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(30))
+
+
+def test_a_killed_process_leaves_nothing_half_written(tmp_path):
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "c"), str(tmp_path / "log"), "100000"]
+    for pause in (0.02, 0.1):
+        run = subprocess.Popen(command)
+        while not (tmp_path / "log").exists():
+            time.sleep(0.01)
+        time.sleep(pause)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    for path in (tmp_path / "c" / "x").glob("[0-9]*"):
+        assert ".part-" in path.name or path.read_bytes() == bytes([int(path.name)]) * 1000
+    command[-1] = "1"
+    assert subprocess.run(command).returncode == 0
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    cache = RangeCache(tmp_path, 10_000)
+    cache.read("a/1", lambda: bytes(1000))
+
+    def refuse(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=rf"data.cache_dir: no space left .* in {tmp_path}"):
+        cache.read("a/2", lambda: bytes(1000))
+    monkeypatch.undo()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write"):
+        RangeCache(blocked / "under", 1)
+
+
+def test_workers_are_sent_little(shards, tmp_path):
+    """No chunks of an epoch, no opened files."""
+    import pickle
+
+    data = DataConfig(train=str(shards.directory), cache_dir=str(tmp_path))
+    reader = open_reader(data, data.train, shards.manifest)
+    reader.announce(np.arange(60))
+    reader.read(3)
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.read(3) == reader.read(3) and len(pickle.dumps(reader)) < 3000
