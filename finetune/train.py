@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from l2vit import cli, config
-from l2vit.train import checks
+from l2vit import cli
+from l2vit.train import checks, tasks
 from l2vit.train.config import TrainConfig
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.add_config(parser)
     options = cli.parse(parser, argv)
-    settings = config.load(TrainConfig, options.config, options.overrides)
+    settings = tasks.load_config(options.config, options.overrides)
     checks.require_first_weights(settings)
     from l2vit.train.startup import train  # after the configuration: its errors need not wait
 

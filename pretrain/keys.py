@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from l2vit import cli
+from l2vit import cli, config
 from l2vit.config import reference
+from l2vit.train import tasks
 from l2vit.train.config import TrainConfig
 
 _ROOT = Path(__file__).parents[1]
@@ -45,14 +46,23 @@ def main(argv: Sequence[str]) -> None:
 
 def page() -> str:
     """docs/configuration.md."""
-    return _HEAD + reference.markdown(TrainConfig, recipes_by_key())
+    parts = [_HEAD + reference.markdown(TrainConfig, recipes_by_key(tasks.DEFAULT))]
+    for task in tasks.names():
+        if task != tasks.DEFAULT:
+            settings = tasks.kind(task).settings()
+            tables = reference.markdown(settings, recipes_by_key(task), without=TrainConfig)
+            head = f"# With `task: {task}`\n\nThese sections replace those above or are new.\n"
+            parts.append(f"{head}\n{tables}")
+    return "\n".join(parts)
 
 
-def recipes_by_key() -> Mapping[str, Sequence[str]]:
-    """Which recipes set each key themselves, in alphabetical order."""
+def recipes_by_key(task: str) -> Mapping[str, Sequence[str]]:
+    """Which recipes of a task set each key themselves, in alphabetical order."""
     found: dict[str, list[str]] = {}
     for folder in ("pretrain", "finetune"):
         for path in sorted((_ROOT / folder / "configs").glob("*.yaml")):
+            if config.read_tree(path).get("task", tasks.DEFAULT) != task:
+                continue
             for key in _dotted(yaml.safe_load(path.read_text()) or {}):
                 found.setdefault(key, []).append(path.stem)
     return found

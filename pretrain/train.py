@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from l2vit import cli, config
+from l2vit import cli
+from l2vit.train import tasks
 from l2vit.train.config import TrainConfig
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.add_config(parser)
     options = cli.parse(parser, argv)
-    settings = config.load(TrainConfig, options.config, options.overrides)
+    settings = tasks.load_config(options.config, options.overrides)
     from l2vit.train.startup import train  # after the configuration: its errors need not wait
 
     return train(settings)

@@ -11,7 +11,8 @@ from l2vit import config
 from l2vit.config import reference
 from l2vit.errors import ConfigError
 from l2vit.launch import __main__ as launch
-from l2vit.train.config import TrainConfig
+from l2vit.train import tasks
+from l2vit.train.config import OptimConfig, TrainConfig
 from pretrain import keys
 from pretrain.train import main as train
 
@@ -27,12 +28,30 @@ def leaves(tree, where=""):
             yield f"{where}{name}"
 
 
-def test_every_key_is_there_and_has_a_meaning():
+@pytest.mark.parametrize("task", tasks.names())
+def test_every_key_of_every_task_has_a_meaning(task):
+    settings = tasks.kind(task).settings()
+    assert [k.name for k in reference.keys(settings) if not k.meaning] == []
+
+
+def test_a_task_of_its_own_shows_only_what_is_its_own():
+    @dataclasses.dataclass
+    class Other:
+        optim: OptimConfig
+        data: int = 3
+        """A number."""
+        boxes: float = 1.0
+        """Boxes."""
+
+    page = reference.markdown(Other, {}, without=TrainConfig)
+    assert "boxes" in page and "optim" not in page
+
+
+def test_every_key_is_there():
     """Counted from a resolved configuration, which holds every key."""
     written = yaml.safe_load(config.dump(config.from_tree(TrainConfig, MINIMAL)))
     found = reference.keys(TrainConfig)
     assert {k.name for k in found if ".NAME" not in k.name} == set(leaves(written))
-    assert [k.name for k in found if not k.meaning] == []
 
 
 def test_defaults_are_what_a_run_gets():
@@ -57,7 +76,7 @@ def test_the_page_is_current():
 
 
 def test_the_page_names_recipes():
-    used = keys.recipes_by_key()
+    used = keys.recipes_by_key("classify")
     assert "in1k_tiny" in used["optim.lr"] and "optim.lrr" not in used
     assert "quickstart_finetune" in used["init.head"]
 

@@ -59,26 +59,32 @@ def find(schema: type, name: str) -> list[Key]:
     return found
 
 
-def markdown(schema: type, used_by: Mapping[str, Sequence[str]]) -> str:
+def markdown(
+    schema: type, used_by: Mapping[str, Sequence[str]], *, without: type | None = None
+) -> str:
     """The reference as tables, one a section.
 
     Args:
         schema: the configuration's dataclass.
         used_by: which recipes give each key a value.
+        without: another configuration: leave out what ``schema`` has from it unchanged.
     """
     lines = []
     docs = field_docs(schema)
     hints = typing.get_type_hints(schema)
+    known = typing.get_type_hints(without) if without else {}
     for field in dataclasses.fields(schema):
         section = hints[field.name]
-        if not dataclasses.is_dataclass(section):
+        if not dataclasses.is_dataclass(section) or known.get(field.name) is section:
             continue
         about = _own_doc(typing.cast(type, section)) or docs.get(field.name, "")
         lines += [f"## {field.name}", "", *([about, ""] if about else [])]
         lines += ["| key | type | default | meaning | set by |", "|---|---|---|---|---|"]
         lines += [_row(key, used_by) for key in keys(typing.cast(type, section), field.name)]
         lines.append("")
-    plain = [key for key in keys(schema) if "." not in key.name]
+    plain = [key for key in keys(schema) if "." not in key.name and key.name not in known]
+    if not plain:
+        return "\n".join(lines).strip() + "\n"
     head = ["| key | type | default | meaning | set by |", "|---|---|---|---|---|"]
     return "\n".join([*head, *(_row(key, used_by) for key in plain), "", *lines]).strip() + "\n"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from l2vit import cli, config
 from l2vit.errors import ConfigError
 from l2vit.launch.rank import omp_threads
-from l2vit.train import checks
+from l2vit.train import checks, tasks
 from l2vit.train.config import TrainConfig
 
 CPU_RANKS = 2
@@ -92,7 +92,7 @@ def read_config(rest: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: no ``--config``, or anything the program itself would refuse.
     """
-    return config.load(TrainConfig, *config_arguments(rest))
+    return tasks.load_config(*config_arguments(rest))
 
 
 def config_arguments(rest: Sequence[str]) -> tuple[str, list[str]]:
@@ -122,7 +122,7 @@ def check(script: str, rest: Sequence[str]) -> None:
         UserError: of :func:`l2vit.train.checks.check`, with the file or override at fault.
     """
     path, overrides = config_arguments(rest)
-    settings = config.load(TrainConfig, path, overrides)
+    settings = tasks.load_config(path, overrides)
     try:
         if Path(script).stem == "finetune":
             checks.require_first_weights(settings)

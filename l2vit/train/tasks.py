@@ -9,31 +9,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2vit import config
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
-from l2vit.train.task import Task
+
+if TYPE_CHECKING:  # torch: reading a configuration needs none
+    from l2vit.train.task import Task
 
 DEFAULT = "classify"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The settings of a task, and what makes the task from them."""
+    """What the key ``task`` stands for."""
 
-    settings: type[TrainConfig]
+    settings: Callable[[], type[TrainConfig]]
+    """The class of its settings."""
     make: Callable[[Any], Task[Any]]
+    """The task from its settings."""
 
 
-def _classify() -> Kind:
+def _classification(settings: TrainConfig) -> Task[Any]:
     from l2vit.train.classification import Classification
 
-    return Kind(TrainConfig, Classification)
+    return Classification(settings)
 
 
-_KINDS: dict[str, Callable[[], Kind]] = {DEFAULT: _classify}
+_KINDS = {DEFAULT: Kind(lambda: TrainConfig, _classification)}
+
+
+def names() -> tuple[str, ...]:
+    """The tasks there are."""
+    return tuple(_KINDS)
 
 
 def kind(name: str) -> Kind:
@@ -43,8 +52,8 @@ def kind(name: str) -> Kind:
         ConfigError: there is none.
     """
     if name not in _KINDS:
-        raise ConfigError(f"task: {name!r} is not one of {', '.join(sorted(_KINDS))}")
-    return _KINDS[name]()
+        raise ConfigError(f"task: {name!r} is not one of {', '.join(sorted(_KINDS))}", key="task")
+    return _KINDS[name]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -60,5 +69,5 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         found = kind(str(tree.get("task", DEFAULT)))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return config.load(found.settings, path, overrides)
+        raise config.blamed(error, path, overrides) from None
+    return config.load(found.settings(), path, overrides)
