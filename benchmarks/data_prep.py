@@ -2,11 +2,14 @@
 
     python benchmarks/data_prep.py write [--images 8000] [--workers 1 2]
     python benchmarks/data_prep.py shuffle [--samples 14197122]
+    python benchmarks/data_prep.py simulate [--samples 400000000]
 
 ``write`` makes 500x375 JPEGs from real photographs, packs them as an ImageNet-22k-shaped archive
 and counts CPU seconds (all processes) of: a strict decode alone; ``build`` (check, hash, shuffle,
 write, index); and the usual script of ``webdataset.ShardWriter`` after PIL has decoded each image.
 ``shuffle`` runs the real planning step over a synthetic listing as long as ImageNet-22k.
+``simulate`` plans more images than the disk holds records of: records are made when the planner asks
+for them and the finished order is thrown away; all in between is the planner's own.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import resource
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import simplejpeg
@@ -30,11 +36,14 @@ from PIL import Image
 if not __package__:  # run as a file: its own name would hide the package it measures
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data_prep import plan
 from data_prep.build import build
+from data_prep.catalogue import CHUNK, Catalogue
 from data_prep.options import Options
 from data_prep.plan import make_plan
 from data_prep.records import RECORD, UnitResult, Workspace, key_hash
 from data_prep.sources import Unit
+from data_prep.spill import RUN
 
 FALL11_IMAGES = 14_197_122
 FALL11_CLASSES = 21_841
@@ -231,6 +240,86 @@ def run_shuffle(arguments: argparse.Namespace) -> None:
         )
 
 
+class SimulatedCatalogue(Catalogue):
+    """Records without a file: made when they are asked for."""
+
+    def __init__(self, samples: int, units: int) -> None:
+        self.starts = np.linspace(0, samples, units + 1).astype(np.int64)
+        self.seen = np.diff(self.starts).tolist()
+        self.listed_sources, self.renamed = [], {}
+
+    def make(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        """Records of ``rows`` (ascending), with random hashes and sizes."""
+        rng = np.random.default_rng(seed)
+        records = np.zeros(len(rows), RECORD)
+        for name in ("rank", "sha_high", "sha_low"):
+            records[name] = rng.integers(0, 2**64, len(rows), dtype=np.uint64)
+        records["unit"] = np.searchsorted(self.starts, rows, side="right") - 1
+        records["row"] = rows - self.starts[records["unit"]]
+        records["label"] = records["unit"]
+        records["size"] = rng.integers(50_000, 150_000, len(rows))
+        return records
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, len(self), CHUNK):
+            yield start, self.make(np.arange(start, min(start + CHUNK, len(self))), start)
+
+
+class SimulatedRuns:
+    """What ``Spill`` gives back of so many records: runs sorted by rank that fit in memory."""
+
+    def __init__(self, catalogue: SimulatedCatalogue) -> None:
+        self._catalogue = catalogue
+        self._count = 1 << max(0, (len(catalogue) - 1) // RUN).bit_length()
+
+    def runs(self) -> Iterator[np.ndarray]:
+        for number in range(self._count):
+            rows = np.arange(number, len(self._catalogue), self._count)
+            records = self._catalogue.make(rows, number)
+            yield records[np.argsort(records["rank"], kind="stable")]
+
+    def delete(self) -> None:
+        pass
+
+
+def run_simulate(arguments: argparse.Namespace) -> None:
+    """Plan ``--samples`` images; report time, peak memory and shards."""
+    catalogue = SimulatedCatalogue(arguments.samples, arguments.classes)
+    units = [Unit(n, "tar", "none", "none", f"n{n:08d}") for n in range(arguments.classes)]
+
+    class Discarded(plan._PartWriter):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self._stream = Path(os.devnull).open("wb")  # noqa: SIM115
+
+    def no_parts(*_: object) -> SimulatedCatalogue:
+        return catalogue
+
+    def no_spill(*_: object) -> SimulatedRuns:
+        return SimulatedRuns(catalogue)
+
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        workspace = Workspace(Path(scratch))
+        workspace.create()
+        workspace.text.touch()
+        options = Options("imagenet22k", (), Path(scratch), split="train")
+        with (
+            patch.object(plan, "merge_results", no_parts),
+            patch.object(plan, "sorted_by_rank", no_spill),
+            patch.object(plan, "_PartWriter", Discarded),
+        ):
+            classes = tuple(unit.class_id for unit in units)
+            made: list[plan.Plan] = []
+            cpu, wall = cost(
+                lambda: made.append(make_plan(options, workspace, units, classes, ("train",)))
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"plan of {arguments.samples:,} samples in {made[0].shards['train']:,} shards: {wall:.0f} s"
+        f" ({cpu:.0f} CPU-seconds), peak memory {peak / 2**20:.2f} GiB"
+    )
+
+
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(
@@ -250,6 +339,10 @@ def main() -> None:
         "--no-keys", action="store_true", help="no names and no split rule: for very many samples"
     )
     shuffle.set_defaults(run=run_shuffle)
+    simulate = commands.add_parser("simulate")
+    simulate.add_argument("--samples", type=int, default=400_000_000)
+    simulate.add_argument("--classes", type=int, default=FALL11_CLASSES)
+    simulate.set_defaults(run=run_simulate)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
