@@ -8,8 +8,8 @@
 and counts CPU seconds (all processes) of: a strict decode alone; ``build`` (check, hash, shuffle,
 write, index); and the usual script of ``webdataset.ShardWriter`` after PIL has decoded each image.
 ``shuffle`` runs the real planning step over a synthetic listing as long as ImageNet-22k.
-``simulate`` plans more images than the disk holds records of: records are made when the planner asks
-for them and the finished order is thrown away; all in between is the planner's own.
+``simulate`` plans more images than the disk holds records of: they are made when the planner asks,
+and the finished order is thrown away; all in between is the planner's own.
 """
 
 from __future__ import annotations

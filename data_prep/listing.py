@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,11 @@ def list_sources(options: Options, workspace: Workspace) -> tuple[Listing, tuple
     if options.val_labels:
         lister.truth.read(Path(options.val_labels))
     for source in options.sources:
-        lister.path(Path(source))
+        # train/ and val/ given one by one are the parts they are in one directory, too.
+        several = len(options.sources) > 1
+        lister.path(
+            Path(source), PART_FOLDERS.get(Path(source).name.lower(), "") if several else ""
+        )
     lister.flat_validation()
     if not lister.units:
         raise UserError(f"no images found in {', '.join(map(escaped, options.sources))}")
@@ -110,16 +115,22 @@ class _Lister:
         """Note a file that is not read."""
         self.left_out.append(LeftOut(escaped(source), escaped(member), reason, size, split))
 
-    def path(self, path: Path) -> None:
-        """Add one source."""
+    def path(self, path: Path, part: str) -> None:
+        """Add one source; if it is a directory it is of that part."""
         if not path.exists():
             raise UserError(f"source not found: {escaped(str(path))}")
         if imagenet1k.is_devkit(path):
             self.truth.read(path)
         elif path.is_dir():
-            self.directory(path, "")
+            self._part(path, part)
         else:
             self.archive(path, str(path), "")
+
+    def _part(self, folder: Path, part: str) -> None:
+        if part == "test" and not any(_contents(folder)[:2]):
+            self._unlabelled(folder)
+        else:
+            self.directory(folder, part)
 
     def directory(self, path: Path, split: str) -> None:
         """A directory of parts, of class folders, or of tar archives."""
@@ -160,10 +171,7 @@ class _Lister:
             reason = "hidden-file" if is_hidden(entry.name) else "outside-classes"
             self.leave(str(path), entry.name, reason, _size(entry), "")
         for folder, role in roles.items():
-            if role == "test" and not any(_contents(folder)[:2]):
-                self._unlabelled(folder)
-            else:
-                self.directory(folder, role)
+            self._part(folder, role)
         return True
 
     def _unlabelled(self, folder: Path) -> None:
@@ -174,11 +182,10 @@ class _Lister:
             self.leave(str(folder), entry.name, "no-label", _size(entry), "test")
 
     def _class_folder(self, folder: Path, split: str) -> None:
-        inside = _contents(folder)
-        if inside[1] and not (inside[0] or any(not is_hidden(e.name) for e in inside[2])):
+        if inner := _folders_only(folder):
             raise ConfigError(
                 f"{escaped(str(folder))} is no class folder: it holds only folders"
-                f" ({_names(inside[1])}); --source wants class folders of images, or train/, val/"
+                f" ({_names(inner)}); --source wants class folders of images, or train/, val/"
                 " and test/ of such folders and nothing beside them"
             )
         found = [path for path, problem in walk_folder(folder) if not problem]
@@ -279,6 +286,19 @@ def _contents(path: Path) -> tuple[list[Path], list[Path], list[Path]]:
             is_tar = entry.is_file() and entry.name.endswith(TAR_SUFFIXES)
             (tars if is_tar else others).append(entry)
     return tars, folders, others
+
+
+def _folders_only(path: Path) -> list[Path]:
+    """The folders in a directory; empty if it holds anything else that is not hidden."""
+    found = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if not entry.is_dir():
+                return []
+            found.append(Path(entry.path))
+    return sorted(found)
 
 
 def _size(path: Path) -> int:

@@ -93,6 +93,16 @@ def test_one_part_of_a_folder(tmp_path, run):
         assert stored(tmp_path / part) == pictures(tmp_path / "raw" / part)
 
 
+def test_parts_given_one_by_one_are_not_mixed(tmp_path, run):
+    for part, seed in (("train", 0), ("val", 1000), ("test", 2000)):
+        fill(tmp_path / "raw" / part, seed)
+    sources = [tmp_path / "raw" / part for part in ("val", "train", "test")]
+    words = ("build", "--dataset", "folder", "--source", *sources, "--out", tmp_path / "out")
+    assert run(*words, "--workers", 1) == 0
+    for part in ("train", "val", "test"):
+        assert stored(tmp_path / "out" / part) == pictures(tmp_path / "raw" / part)
+
+
 def test_an_unlabelled_test_part_is_left_out_and_said(tmp_path, run, capsys):
     raw = tmp_path / "raw"
     fill(raw / "train", 0, 40)
