@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from l2vit.data.config import EvalSetConfig
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
+from l2vit.data.storage import is_remote
 from l2vit.errors import ConfigError, UserError
 from l2vit.train.config import TrainConfig
 
@@ -53,16 +53,30 @@ def require_first_weights(settings: TrainConfig) -> None:
 
 
 def _training_data(settings: TrainConfig) -> Manifest:
-    directory = settings.data.train
-    if not directory:
+    where = settings.data.train
+    if not where:
         raise ConfigError("data.train is required: a directory of shards", key="data.train")
-    if not (Path(directory) / MANIFEST_NAME).is_file():
+    for key, place in _data_places(settings).items():
+        if is_remote(place) and not settings.data.cache_dir and not settings.data.stream:
+            raise ConfigError(
+                f"data.cache_dir is required to read {key} from {place}: a directory on a local"
+                " disk, shared by the ranks of a node",
+                key="data.cache_dir",
+            )
+    if not is_remote(where) and not (Path(where) / MANIFEST_NAME).is_file():
         raise ConfigError(
-            f"data.train: no {MANIFEST_NAME} in {directory}; make shards with"
+            f"data.train: no {MANIFEST_NAME} in {where}; make shards with"
             " python -m data_prep build",
             key="data.train",
         )
     return Manifest.of_training(settings.data)
+
+
+def _data_places(settings: TrainConfig) -> dict[str, str]:
+    """Where the training set and every evaluation set is, by key."""
+    places = {"data.train": settings.data.train}
+    places |= {"data.val": settings.data.val} if settings.data.val else {}
+    return places | {f"eval.extra.{name}": s.data for name, s in settings.eval.extra.items()}
 
 
 def _steps(settings: TrainConfig, manifest: Manifest) -> None:
@@ -70,8 +84,8 @@ def _steps(settings: TrainConfig, manifest: Manifest) -> None:
     from l2vit.data.subset import subset_ids
     from l2vit.train.schedule import Schedule
 
-    directory = Path(settings.data.train)
-    subset = subset_ids(settings.data.subset, directory, manifest, seed=settings.run.seed)
+    where, seed = settings.data.train, settings.run.seed
+    subset = subset_ids(settings.data.subset, where, manifest, seed=seed)
     samples, batch = manifest.samples if subset is None else len(subset), settings.schedule
     if batch.global_batch > samples:
         raise ConfigError(
@@ -85,11 +99,11 @@ def _steps(settings: TrainConfig, manifest: Manifest) -> None:
 
 
 def _evaluation_data(settings: TrainConfig, trained: Manifest) -> None:
-    sets = {"data.val": EvalSetConfig(settings.data.val)} if settings.data.val else {}
-    sets |= {f"eval.extra.{name}": extra for name, extra in settings.eval.extra.items()}
-    for key, dataset in sets.items():
+    for key, place in _data_places(settings).items():
+        if key == "data.train":
+            continue
         try:
-            classes = Manifest.load(Path(dataset.data)).classes
+            classes = Manifest.load(place).classes
         except UserError as error:
             raise ConfigError(f"{key}: {error}", key=key) from None
         if not set(classes) & set(trained.classes):

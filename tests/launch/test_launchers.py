@@ -163,6 +163,10 @@ def test_srun_tasks_become_ranks(project):
             ["--config", "config.yaml", "schedule.length=2 epochs"],
             "schedule.warmup: 5 epochs (10 steps) is longer than schedule.length: 2 epochs",
         ),
+        (
+            ["--config", "config.yaml", "data.val=s3://bucket/val"],
+            "data.cache_dir is required to read data.val from s3://bucket/val",
+        ),
         (["--config", "config.yaml", "data.val=nowhere"], "override data.val=nowhere: data.val: "),
         (
             ["--config", "config.yaml", "init.source=nowhere"],
