@@ -16,7 +16,7 @@ from l2vit.plan.trace import Trace, trace
 from l2vit.train import model
 from l2vit.train.config import TrainConfig
 from l2vit.train.engine import deepspeed_config
-from l2vit.train.model import DTYPES
+from l2vit.train.precision import DTYPES
 from l2vit.train.schedule import Schedule, interval_of
 
 STAGES = (1, 2, 3)

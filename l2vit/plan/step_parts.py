@@ -24,7 +24,7 @@ from l2vit.train import model
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
-from l2vit.train.model import DTYPES
+from l2vit.train.precision import DTYPES
 
 META = torch.device("meta")
 

@@ -21,12 +21,12 @@ from torch import nn
 
 from l2vit.data.order import Split
 from l2vit.errors import ConfigError
-from l2vit.train import zero
+from l2vit.train import precision, zero
 from l2vit.train.config import EmaConfig, EngineConfig, OptimConfig
 from l2vit.train.distributed import World
 from l2vit.train.ema import Ema
-from l2vit.train.model import DTYPES
 from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
+from l2vit.train.precision import DTYPES
 from l2vit.train.zero import MOMENTS, Reader, ZeroShard
 
 _NEVER = 1 << 62
@@ -372,7 +372,9 @@ def _initialize(
     if world.device.type == "cpu":
         # Else it compiles, for a minute, a shared-memory operator that training does not use.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
-    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = precision.buffers_of(model, DTYPES[settings.precision])
+    if settings.precision != "fp32":
+        precision.widen_norms(model)
     model.to(world.device)
     make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     optimizer = make(
@@ -394,5 +396,5 @@ def _initialize(
         )
     gc.unfreeze()
     for name, buffer in engine.module.named_buffers():
-        buffer.data = statistics[name].to(world.device)  # never let the statistics become bf16
+        buffer.data = buffers[name].to(world.device)  # DeepSpeed has cast them like parameters
     return engine

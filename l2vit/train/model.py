@@ -14,10 +14,9 @@ from torch import nn
 from l2vit.data.config import EvalConfig
 from l2vit.data.order import Split, halve, possible
 from l2vit.errors import ConfigError
+from l2vit.train import precision
 from l2vit.train.config import EngineConfig, ModelConfig, TrainConfig
 from l2vit.train.distributed import World
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 TrialLoss = Callable[[nn.Module, int, torch.device], torch.Tensor]
 """(network, images, device) -> the loss of a made-up micro-batch."""
@@ -206,7 +205,7 @@ class _Trial:
         world: World,
     ) -> None:
         self._network, self._loss, self._device = network, trial_loss, world.device
-        self._dtype = DTYPES[engine.precision]
+        self._dtype = precision.DTYPES[engine.precision]
         self._held = _state_bytes(network, engine, averages, world.size)
 
     def failure(self, images: int) -> str:
@@ -227,8 +226,7 @@ class _Trial:
         """One forward and backward pass on a copy; what it holds is free again on return."""
         state = torch.empty(self._held, dtype=torch.uint8, device=self._device)
         twin = copy.deepcopy(self._network).to(self._device).train()
-        for parameter in twin.parameters():  # buffers stay fp32, as in the engine
-            parameter.data = parameter.data.to(self._dtype)
+        precision.cast(twin, self._dtype)
         self._loss(twin, images, self._device).backward()
         del state
 

@@ -34,3 +34,19 @@ def engine_small_net(pretrained=False, **kwargs):
     """For the engine's tests only; what timm adds to every call is left aside."""
     added = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     return SmallNet(**{name: value for name, value in kwargs.items() if name not in added})
+
+
+TIMM_MODELS = {
+    "resnet18": {"layers": [1, 1, 1, 1], "channels": [16, 32, 32, 32]},
+    "efficientnet_b0": {},
+    "mobilenetv3_small_100": {},
+    "swin_tiny_patch4_window7_224": {
+        "depths": [2, 2],
+        "num_heads": [1, 2],
+        "embed_dim": 32,
+        "window_size": 4,
+    },
+    "vit_tiny_patch16_224": {"depth": 2},
+    "convnext_atto": {"depths": [1, 1, 1, 1]},
+}
+"""timm's own networks and arguments that make them small where there are any."""
