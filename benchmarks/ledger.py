@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"  # the engine is counted on the CPU wherever this runs
 
 from l2vit import config
