@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from l2vit import cli, config
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
+from l2vit.data.storage import is_remote
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
 
@@ -84,6 +85,6 @@ def _work(options: argparse.Namespace, settings: TrainConfig) -> Work:
 
 
 def _manifest(directory: str) -> Manifest | None:
-    if directory and (Path(directory) / MANIFEST_NAME).is_file():
-        return Manifest.load(Path(directory))
+    if is_remote(directory) or (directory and (Path(directory) / MANIFEST_NAME).is_file()):
+        return Manifest.load(directory)
     return None

@@ -25,12 +25,11 @@ from l2vit.data.augment import NO_OP, OPS, AugmentParams, AugmentSampler
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.contact_sheet import to_bytes
-from l2vit.data.loader import train_loader
+from l2vit.data.loader import open_reader, train_loader
 from l2vit.data.manifest import Manifest
 from l2vit.data.mixup import Mixer, MixParams
 from l2vit.data.order import Split, mix_group
 from l2vit.data.pil import decode
-from l2vit.data.shards import ShardReader
 from l2vit.errors import ConfigError
 from l2vit.train.config import TrainConfig
 
@@ -114,7 +113,7 @@ def make_preview(settings: TrainConfig, *, images: int, images_seen: int) -> Pre
     Raises:
         UserError: shards or batch sizes do not fit.
     """
-    manifest, augment = Manifest.load(Path(settings.data.train)), settings.augment
+    manifest, augment = Manifest.load(settings.data.train), settings.augment
     batches = {}
     backends = BACKENDS[:1] if settings.data.stream else BACKENDS  # DALI reads no streams
     for backend in backends:
@@ -149,7 +148,7 @@ def make_preview(settings: TrainConfig, *, images: int, images_seen: int) -> Pre
 def _sources(settings: TrainConfig, manifest: Manifest, batch: Batch) -> list[np.ndarray | None]:
     if settings.data.stream:
         return [None] * len(batch)
-    reader = ShardReader(Path(settings.data.train), manifest)
+    reader = open_reader(settings.data, settings.data.train, manifest)
     return [decode(reader.read(sample).image) for sample in batch.sample_ids.tolist()]
 
 

@@ -87,6 +87,10 @@ class SampleOrder:
         self._key_parts = (manifest_hash, seed)
         self._plans: dict[int, _EpochPlan] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the chunks of epochs, which are made again where they are needed."""
+        return {**self.__dict__, "_plans": {}}
+
     @property
     def fingerprint(self) -> str:
         """Equal for equal orders: covers every argument, the samples of a subset too."""

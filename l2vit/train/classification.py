@@ -17,10 +17,9 @@ from l2vit.data.config import AugmentConfig
 from l2vit.data.contact_sheet import to_bytes
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import Split, mix_group
-from l2vit.data.shards import ShardReader
 from l2vit.errors import ConfigError
 from l2vit.models.padding import fitting_windows, padding_warnings
-from l2vit.train import model
+from l2vit.train import distributed, model
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
@@ -49,7 +48,9 @@ class Classification:
         if not config.data.train:
             raise ConfigError("data.train is required: the directory of shards to train on")
         self._config = config
-        self._manifest = manifest = Manifest.of_training(config.data)
+        self._manifest = manifest = Manifest.of_training(
+            config.data, check=distributed.from_environment().local_rank == 0
+        )
         self.data = TrainingData(
             classes=manifest.classes,
             class_names=manifest.class_names,
@@ -156,5 +157,8 @@ class Classification:
 
     def sample_keys(self, sample_ids: Sequence[int]) -> list[str]:
         """The keys of samples, as ``bad_samples.jsonl`` names them."""
-        reader = ShardReader(Path(self._config.data.train), self._manifest)
+        from l2vit.data.loader import open_reader
+
+        data = self._config.data
+        reader = open_reader(data, data.train, self._manifest)
         return [reader.key_of(sample) for sample in sample_ids]

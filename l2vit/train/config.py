@@ -183,6 +183,9 @@ class CheckpointConfig:
     """Copy to host memory, then write while training goes on."""
     max_failures: Count = 3
     """Saves that may fail in a row (a full disk) before the run stops."""
+    mirror: str = ""
+    """Address (``s3://…``) that complete checkpoints are copied to in the background; a run
+    directory without any continues from the newest one there."""
 
 
 @dataclass

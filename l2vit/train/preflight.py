@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ import torch
 from l2vit import config as configuration
 from l2vit import files
 from l2vit.data.manifest import MANIFEST_NAME
+from l2vit.data.storage import open_source
 from l2vit.errors import UserError
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
@@ -81,19 +83,19 @@ def _same(config: TrainConfig) -> dict[str, str]:
     found = dict(versions())
     found["code"] = git_commit()
     found["configuration"] = hashlib.sha256(configuration.dump(config).encode()).hexdigest()[:12]
-    found["manifest"] = manifest_hash(Path(config.data.train))
+    found["manifest"] = manifest_hash(config.data.train)
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
-def manifest_hash(directory: Path) -> str:
+def manifest_hash(directory: Path | str) -> str:
     """First digits of the hash the manifest records; what is wrong where there is none."""
     try:
-        raw = files.read_json(directory / MANIFEST_NAME, what="manifest")
+        raw = json.loads(open_source(directory).read(MANIFEST_NAME))
         return str(raw["hash"])[:12]
-    except (UserError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return "not readable"
 
 

@@ -16,6 +16,7 @@ from l2vit.train import checkpoint, metrics
 from l2vit.train.checkpoint import Reader
 from l2vit.train.config import ScheduleConfig, TrainConfig
 from l2vit.train.distributed import World
+from l2vit.train.mirror import Mirror
 from l2vit.train.state import TrainState
 
 CONFIG_NAME = "config.yaml"
@@ -58,6 +59,10 @@ def _prepare(directory: Path, config: TrainConfig) -> None:
             file=sys.stderr,
         )
         checkpoint.remove(checkpoint.step_directory(directory, step))
+    if config.checkpoint.mirror and not checkpoint.complete_steps(directory):
+        found = Mirror(config.checkpoint.mirror).fetch_newest(directory)
+        if found is not None:
+            print(f"fetched step {found} from {config.checkpoint.mirror}", flush=True)
 
 
 def finished(directory: Path, length: Sequence[str]) -> bool:

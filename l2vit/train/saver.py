@@ -24,6 +24,7 @@ from l2vit.train.checkpoint import CheckpointMeta, Part, TensorSlice
 from l2vit.train.config import CheckpointConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
+from l2vit.train.mirror import Mirror
 
 
 @dataclass
@@ -57,6 +58,10 @@ class Saver:
         self.stalled_seconds = 0.0
         """How long the last save kept training waiting."""
         self._save: _Save | None = None
+        self._mirror: Mirror | None = None
+        if config.mirror and world.main:
+            kept = {"keep_last": config.keep_last, "keep_every": keep_every}
+            self._mirror = Mirror(config.mirror, **kept)
 
     def start(self, engine: Engine, meta: CheckpointMeta, *, best: bool = False) -> None:
         """Begin saving the engine's state; waits for an earlier save that is not done.
@@ -105,6 +110,11 @@ class Saver:
             self._save.thread.join()
         self.poll(round(self.world.sum([self.written])[0]))
 
+    def close(self) -> None:
+        """Wait for the copy to ``checkpoint.mirror`` that is under way."""
+        if self._mirror is not None:
+            self._mirror.finish()
+
     def _copy(self, engine: Engine) -> list[tuple[TensorSlice, torch.Tensor]]:
         """This rank's tensors on the host; rank 0 takes the buffers, equal on all ranks."""
         copies = []
@@ -140,6 +150,8 @@ class Saver:
                 checkpoint.commit(save.directory, save.meta, parts)
                 if save.best:
                     checkpoint.link_best(save.directory)
+                if self._mirror is not None:
+                    self._mirror.copy(save.directory)
                 checkpoint.prune(
                     self.run, keep_last=self.config.keep_last, keep_every=self.keep_every
                 )

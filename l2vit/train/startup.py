@@ -101,7 +101,14 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
         clock = PhaseClock()
         trainer = _build(config, world, stop, clock)
         watchdog = Watchdog(clock, world=world, limit=config.faults.hang_seconds)
-        parts = (trainer.engine, trainer.loader, trainer.evaluator, trainer.metrics, watchdog)
+        parts = (
+            trainer.engine,
+            trainer.loader,
+            trainer.evaluator,
+            trainer.saver,
+            trainer.metrics,
+            watchdog,
+        )
         for part in parts:
             ending.callback(part.close)
         yield trainer

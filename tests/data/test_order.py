@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -177,3 +178,12 @@ def test_groups_bind_the_micro_batch_only_where_samples_are_mixed():
     assert mix_group(AugmentConfig(mixup=0.0, mix_group=4)) == 4
     share = split(6, world=2, multiple_of=mix_group(plain))
     assert halve(share, multiple_of=mix_group(plain)) == Split(1, 3, 2)
+
+
+def test_an_order_is_sent_to_workers_without_its_chunks():
+    """40,000 shards of 10,000: the chunks of one epoch would be 25 MB for each worker."""
+    order = SampleOrder("h", [10_000] * 40_000, seed=0, chunk=256, global_batch=4096)
+    expected = order.batch_ids(4096 * 77)
+    sent = pickle.dumps(order)
+    assert len(sent) < 1e6
+    np.testing.assert_array_equal(pickle.loads(sent).batch_ids(4096 * 77), expected)
