@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("pretrain.train", "pre-train as one rank; launch/pretrain.sh starts all of them"),
     "plan": ("pretrain.plan", "steps, learning rates, memory, time and cost; starts nothing"),
     "preview": ("pretrain.preview", "an HTML page with the pictures and targets of a batch"),
+    "runs": ("pretrain.runs", "how far the runs in a directory have come, and their curves"),
     "keys": ("pretrain.keys", "every key of a configuration, one of them, or a section"),
 }
 

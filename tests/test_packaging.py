@@ -1,6 +1,7 @@
 """What is installed: the wheel's content, its extras, and ``l2vit`` as one command."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -41,16 +42,11 @@ def test_extras_are_the_requirements():
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves a folder behind."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", *PACKAGES, "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout
-    for file in filter(None, tracked.decode().split("\0")):
-        if (ROOT / file).is_file():
-            (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            (copy / file).write_bytes((ROOT / file).read_bytes())
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, copy / package, ignore=ignored)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
     (built,) = out.glob("*.whl")
