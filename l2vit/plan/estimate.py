@@ -23,11 +23,10 @@ STAGES = (1, 2, 3)
 COLLECTIVE_US = 20.0
 """Time of one collective operation between two nodes before the first byte; times log2(ranks)."""
 
-ENGINE_CALLS = 49
-"""Operators of DeepSpeed in a step beside those for each weight tensor: two a micro-batch, one a
-step (``benchmarks/ledger.py``)."""
-ACCUMULATE_BYTES, ENGINE_BYTES, OPTIMIZER_BYTES = 14.0, 38.0, 16.0
-"""A weight: of each micro-batch, of each step, and of the optimizer, which ranks share."""
+ENGINE_CALLS, ACCUMULATE_CALLS = 51, 5
+"""Operators of DeepSpeed in a step, and for each further micro-batch (``benchmarks/ledger.py``)."""
+ENGINE_BYTES, ACCUMULATE_BYTES, OPTIMIZER_BYTES = 44.0, 14.0, 16.0
+"""A weight: of each step, of each further micro-batch, and of the optimizer, which ranks share."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +169,10 @@ def _compute(traced: Trace, split: Split, cluster: Cluster) -> float:
 
 def engine_operations(traced: Trace, accumulation: int, ranks: int) -> Counter[Operation]:
     """DeepSpeed's operators in a step, in number and bytes as its ledger at stage 1 has them."""
-    calls = (2 * accumulation + 1) * traced.tensors + ENGINE_CALLS
-    moved = (
-        ENGINE_BYTES + ACCUMULATE_BYTES * accumulation + OPTIMIZER_BYTES / ranks
-    ) * traced.parameters
+    further = accumulation - 1
+    calls = ENGINE_CALLS + ACCUMULATE_CALLS * further
+    moved = ENGINE_BYTES + ACCUMULATE_BYTES * further + OPTIMIZER_BYTES / ranks
+    moved *= traced.parameters
     return Counter({Operation("engine", "engine", bytes=moved / calls): calls})
 
 

@@ -28,6 +28,7 @@ from l2vit.train.ema import Ema
 from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
 from l2vit.train.precision import DTYPES
 from l2vit.train.zero import MOMENTS, Reader, ZeroShard
+from l2vit.train.zero_foreach import use_foreach
 
 _NEVER = 1 << 62
 _LARGEST_BUCKET = 500_000_000
@@ -108,6 +109,7 @@ class Engine:
         self.groups = param_groups(model, layer_decay=optim.layer_decay, decay=optim.decay)
         self._deepspeed = _initialize(model, engine, optim, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
+        use_foreach(self._zero)
         self._flats = zero.flat_masters(self._zero)
         self._states = list(zero.moments(self._zero.optimizer, self._flats))
         self.fragments = zero.own_fragments(self.module, self._zero, world.rank)
