@@ -27,6 +27,7 @@ BYTES_PER_PIXEL = 12
 """Memory a worker may use for a picture, for each pixel of ``Rules.max_pixels``."""
 _COSTLY = {"webp": 20, "avif": 20}  # bytes a pixel of decoders that keep several whole canvases
 _MAX_SCANS = 200
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _DECODED_SIDE = 64  # at 32, equal pictures of other sizes hash up to 10 bits apart; at 64, 2
 _STRIP = 1 << 20  # pixels converted at a time
 _MAGIC = (
@@ -205,7 +206,9 @@ def _orientation(tiff: bytes) -> int:
 def _clean_jpeg(data: bytes, rules: Rules, repairs: list[str]) -> CleanImage:
     head = _jpeg_header(data)
     _check_size(head.width, head.height, "jpeg", rules)
-    if data.count(b"\xff\xda", head.scan) > _MAX_SCANS:
+    # libjpeg reads further scans only where the first one does not hold everything.
+    several = head.sof in _PROGRESSIVE or data[head.scan + 4] < head.components
+    if several and data.count(b"\xff\xda", head.scan) > _MAX_SCANS:
         raise Refused("too-many-scans", f"more than {_MAX_SCANS} scans")
     repairs += _jpeg_faults(head, rules)
     try:
