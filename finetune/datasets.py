@@ -154,7 +154,7 @@ def _class_of(folder: Path, label_set: str) -> str:
 
 
 def _real_labels(dataset: Dataset) -> dict[int, frozenset[int]]:
-    """ReaL's answers ("Are we done with ImageNet?") for each of our images, in our rows."""
+    """The ReaL labels ("Are we done with ImageNet?") of each image, as rows of the label set."""
     table = labels.real_labels()
     row = {name: i for i, name in enumerate(dataset.classes)}
     rows = [row.get(wnid, -1) for wnid in labels.usual_classes(1000)]

@@ -38,7 +38,7 @@ _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Setting:
-    """How to run an evaluation; none of it changes what is counted, but for precision."""
+    """How to run an evaluation; only the precision changes its result."""
 
     backend: str = "pil"
     batch: int = 64
@@ -144,7 +144,7 @@ def _forward(model: nn.Module, dataset: Dataset, setting: Setting) -> Callable[[
 
 
 class _Timed:
-    """A forward that adds up its own time, waiting for the GPU."""
+    """A forward pass that adds up its own time, the GPU's included."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self._forward, self._device = forward, device

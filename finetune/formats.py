@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2vit.errors import UserError
 
 TOLERANCE = 1e-4
-"""As `verification.TOLERANCE`; other runtimes add in another order."""
+"""As `verification.TOLERANCE`, but larger: other runtimes add in another order."""
 _EXAMPLE = 2
 
 
@@ -71,7 +71,7 @@ def export(directory: Path, model: nn.Module, inputs: Tensor) -> tuple[str, Tens
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' progress marks and warnings about torch's own internals."""
+    """Silence the exporters' progress marks and warnings about torch's internals."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -20,17 +20,17 @@ from l2vit.models.ops.windows import partition
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """The weights one attention layer gives on one image, averaged over its heads."""
+    """The attention weights of one layer on one image, averaged over its heads."""
 
     layer: str
     kind: str
     """linear or window; in the other backbones softmax, focused, injective, ..."""
     grid: tuple[int, int]
     weights: Tensor
-    """(N, N) fp32: row i is what token i takes from every token."""
+    """(N, N) fp32: row i holds the weights of token i's query on every token."""
 
     def of_token(self, row: int, column: int) -> Tensor:
-        """(H, W): where the token at that place of the grid looks."""
+        """(H, W): the weights of the query at that place of the grid."""
         return self.weights[row * self.grid[1] + column].view(self.grid)
 
 

@@ -1,4 +1,4 @@
-"""The picture of an evaluation: where the worst classes go, and whether confidence is honest."""
+"""The picture of an evaluation: confusion of the worst classes, and the reliability curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real pictures to prove an export on: from shards, from files, or embedded ones."""
+"""Real pictures for the proof of an export: from shards, from files, or scikit-learn's."""
 
 from __future__ import annotations
 

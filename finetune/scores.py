@@ -1,4 +1,4 @@
-"""What is counted about a classifier's answers, image by image."""
+"""Accuracy, calibration and confusion from a classifier's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof that an exported directory is the trained model, in a process that knows only timm."""
+"""Prove that an exported directory is the trained model, in a process with only l2vit and timm."""
 
 from __future__ import annotations
 
