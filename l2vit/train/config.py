@@ -85,7 +85,7 @@ class OptimConfig:
     when ``optim.lr`` is given on the command line without this."""
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
     """Decay rates of the two moments."""
-    eps: Positive = 1e-8
+    eps: NotNegative = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: NotNegative = 0.05
     """Pull of the weights towards zero, times the learning rate."""
@@ -175,13 +175,13 @@ class EmaConfig:
 class CheckpointConfig:
     every: DurationOrEmpty = "1 epochs"
     """Between saves; empty for only one at the end."""
-    keep_last: Count = 2
-    """Newest checkpoints that are kept."""
+    keep_last: CountOrZero = 2
+    """Newest checkpoints that are kept; 0 means 1."""
     keep_every: DurationOrEmpty = ""
     """Checkpoints at multiples of this duration are kept for good; empty for none."""
     background: bool = True
     """Copy to host memory, then write while training goes on."""
-    max_failures: Count = 3
+    max_failures: CountOrZero = 3
     """Saves that may fail in a row (a full disk) before the run stops."""
     mirror: str = ""
     """Address (``s3://…``) that complete checkpoints are copied to in the background; a run
@@ -205,8 +205,8 @@ class FaultsConfig:
 
 @dataclass
 class LogConfig:
-    every: Count = 50
-    """Optimizer steps between records."""
+    every: CountOrZero = 50
+    """Optimizer steps between records; 0 for only one at the end."""
     denominators_every: CountOrZero = 0
     """Steps between histograms of the linear attention's denominators; 0 for never."""
     profile_steps: tuple[Count, ...] = ()
