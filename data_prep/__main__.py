@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2vit import cli
+from l2vit.errors import ConfigError
 
 
 def _size(text: str) -> int:
@@ -118,7 +119,7 @@ def _absolute(paths: Sequence[str]) -> tuple[str, ...]:
 def _add_verify(commands: argparse._SubParsersAction) -> None:
     verify = commands.add_parser("verify", help="check shards against their manifest")
     verify.set_defaults(run=run_verify)
-    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument("directory", type=Path, metavar="DIR", help="shards, or --out of a build")
     verify.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     verify.add_argument(
         "--decode",
@@ -133,29 +134,39 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """The ``verify`` command: exit status 1 where anything is wrong."""
+    return max(_verify(arguments, part) for part in _shard_directories(arguments.directory))
+
+
+def _shard_directories(directory: Path) -> list[Path]:
+    """The directory itself, or the parts a build has written into it."""
+    from l2vit.data.manifest import MANIFEST_NAME
+
+    if (directory / MANIFEST_NAME).exists():
+        return [directory]
+    parts = [directory / part for part in ("train", "val", "test")]
+    return [part for part in parts if (part / MANIFEST_NAME).exists()] or [directory]
+
+
+def _verify(arguments: argparse.Namespace, directory: Path) -> int:
     from data_prep.verify import repair, verify
 
-    manifest, findings = verify(
-        arguments.directory, decode=arguments.decode, workers=arguments.workers
-    )
+    manifest, findings = verify(directory, decode=arguments.decode, workers=arguments.workers)
     for finding in findings:
         print(f"data_prep verify: error: {finding.problem}", file=sys.stderr)
     if findings and arguments.repair:
-        findings = repair(arguments.directory, manifest, findings)
+        findings = repair(directory, manifest, findings)
         for finding in findings:
             print(f"data_prep verify: error: not mended: {finding.problem}", file=sys.stderr)
     if findings:
         return 1
-    print(
-        f"{arguments.directory}: {manifest.samples:,} samples in {len(manifest.shards)} shards: ok"
-    )
+    print(f"{directory}: {manifest.samples:,} samples in {len(manifest.shards)} shards: ok")
     return 0
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="one HTML page about a shard directory")
     report.set_defaults(run=run_report)
-    report.add_argument("directory", type=Path, metavar="DIR")
+    report.add_argument("directory", type=Path, metavar="DIR", help="shards, or --out of a build")
     report.add_argument("--out", type=Path, default=None, help="default: DIR/report.html")
 
 
@@ -163,7 +174,13 @@ def run_report(arguments: argparse.Namespace) -> int:
     """The ``report`` command."""
     from data_prep.report import write_report
 
-    print(f"wrote {write_report(arguments.directory, arguments.out)}")
+    directories = _shard_directories(arguments.directory)
+    if arguments.out and len(directories) > 1:
+        raise ConfigError(
+            f"--out is one page, {arguments.directory} holds {len(directories)} parts"
+        )
+    for directory in directories:
+        print(f"wrote {write_report(directory, arguments.out)}")
     return 0
 
 

@@ -93,6 +93,26 @@ def test_one_part_of_a_folder(tmp_path, run):
         assert stored(tmp_path / part) == pictures(tmp_path / "raw" / part)
 
 
+def test_verify_and_report_take_all_parts_of_a_build(tmp_path, run, capsys):
+    fill(tmp_path / "raw/train", 0)
+    fill(tmp_path / "raw/val", 500)
+    out = tmp_path / "out"
+    assert build(run, tmp_path / "raw", out, "--workers", 1) == 0
+    assert run("verify", out, "--workers", 1) == 0
+    text = capsys.readouterr().out
+    assert f"{out / 'train'}: 18 samples" in text and f"{out / 'val'}: 18 samples" in text
+    assert run("report", out) == 0
+    assert (out / "train/report.html").exists() and (out / "val/report.html").exists()
+    assert run("report", out, "--out", tmp_path / "page.html") == 2
+    data = bytearray((out / "val/shard-000000.tar").read_bytes())
+    data[700] ^= 1
+    (out / "val/shard-000000.tar").write_bytes(data)
+    assert run("verify", out, "--workers", 1) == 1
+    assert "val/shard-000000.tar" in capsys.readouterr().err
+    assert run("verify", out, "--repair", "--workers", 1) == 0
+    assert run("verify", tmp_path / "raw", "--workers", 1) == 1  # no shards at all
+
+
 def test_parts_given_one_by_one_are_not_mixed(tmp_path, run):
     for part, seed in (("train", 0), ("val", 1000), ("test", 2000)):
         fill(tmp_path / "raw" / part, seed)
