@@ -172,6 +172,7 @@ def build_graph(
     gpu: bool,
     device_id: int | None,
     hw_decoder_load: float = 0.65,
+    region: bool = True,
 ) -> Pipeline:
     """The graph, for the CPU or a GPU.
 
@@ -186,6 +187,7 @@ def build_graph(
         device_id: CUDA device. None for the CPU; a GPU graph without one can be checked
             (``serialize()``) where there is no driver, not built.
         hw_decoder_load: share of the JPEGs for the hardware decoder of GPUs that have one.
+        region: decode only the part that is wanted; False decodes the whole and cuts it out.
     """
     from nvidia import dali
 
@@ -209,18 +211,25 @@ def build_graph(
             dtype=[types.UINT8, *[types.INT32] * 2, types.FLOAT, *[types.INT32] * 2],
             ndim=[1, 1, 1, 1, 1, 0],
         )
-        pictures = fn.decoders.image_slice(
-            files,
-            corners,
-            shapes,
-            axes=[0, 1],
-            normalized_anchor=False,
-            normalized_shape=False,
-            output_type=types.RGB,
-            adjust_orientation=False,  # timm ignores EXIF, DALI would turn the picture
-            jpeg_fancy_upsampling=True,
+        decoding: dict[str, Any] = {
+            "output_type": types.RGB,
+            "adjust_orientation": False,  # timm ignores EXIF, DALI would turn the picture
+            "jpeg_fancy_upsampling": True,
             **(mixed if gpu else {}),
-        )
+        }
+        if region:
+            pictures = fn.decoders.image_slice(
+                files,
+                corners,
+                shapes,
+                axes=[0, 1],
+                normalized_anchor=False,
+                normalized_shape=False,
+                **decoding,
+            )
+        else:
+            pictures = fn.decoders.image(files, **decoding)
+            pictures = fn.slice(pictures, start=corners, shape=shapes, axes=[0, 1])
         kind, window = kinds[interpolation], [input_size, input_size]
         pictures = fn.resize(pictures, size=sizes, interp_type=kind, antialias=True)
         pictures = fn.slice(pictures, start=windows, shape=window, axes=[0, 1])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from l2vit import config
+from l2vit.data import dali_probe
 from l2vit.data.augment import AugmentSampler
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import Batch, DecodedBatch, EvalPlanner, Normalizer, TrainPlanner
@@ -176,6 +177,7 @@ def _dali_batches(
         gpu=index is not None,
         device_id=index,
         hw_decoder_load=data.hw_decoder_load,
+        region=index is None or dali_probe.region_decode_works(index, data.hw_decoder_load),
     )
 
 

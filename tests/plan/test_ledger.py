@@ -165,3 +165,22 @@ def test_drop_path_and_loss_are_counted():
     x = meta(8, 10, dtype=torch.float32, requires_grad=True)
     found = recorded(lambda: F.log_softmax(x, 1).sum().backward())
     assert names(found)["_log_softmax"] == names(found)["_log_softmax_backward_data"] == 1
+
+
+def test_a_step_of_l2vit_base_stays_within_what_was_reached():
+    """Forward and backward at batch 128: launches and copies do not grow again unnoticed."""
+    found = trace(
+        lambda: timm.create_model("l2vit_base", num_classes=21841, drop_path_rate=0.2),
+        batch=128,
+        input_size=224,
+        classes=21841,
+        dtype=torch.bfloat16,
+    )
+    totals = Ledger({"model": found.operations}, DEVICES["h100"], True).totals()
+    assert totals.launches <= 2200
+    assert totals.gigabytes <= 131
+    assert totals.copy_gigabytes <= 0.5
+
+
+def test_the_engine_does_not_work_weight_by_weight(mini):
+    assert mini["parts"]["engine"]["launches"] <= 60
