@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 224
 RAND = "rand-m9-mstd0.5-inc1"
-CONTESTANTS = ("ours dali", "ours host", "timm", "timm prefetcher", "webdataset")
+CONTESTANTS = ("ours dali", "ours pil", "timm", "timm prefetcher", "webdataset")
 
 
 def make_photographs(folder: Path, count: int) -> None:
@@ -166,7 +166,7 @@ def measure(name: str, shards: Path, options: argparse.Namespace) -> dict[str, f
     torch.set_num_threads(1)
     kinds: dict[str, Callable[[], Iterator[int]]] = {
         "ours dali": lambda: ours("dali", shards, options),
-        "ours host": lambda: ours("host", shards, options),
+        "ours pil": lambda: ours("pil", shards, options),
         "timm": lambda: timms(False, shards, options),
         "timm prefetcher": lambda: timms(True, shards, options),
         "webdataset": lambda: plain_webdataset(shards, options),

@@ -64,9 +64,9 @@ class DataConfig:
     """Unreadable samples replaced by good ones before the run stops."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     stream: str = ""
-    """Read training shards front to back from here (pil backend), {shard} standing for a name:
-    ``s3://bucket/train/{shard}``, ``https://…``, ``pipe:…``. ``train`` then needs to hold only
-    manifest.json. Weaker guarantees: docs/augmentation.md."""
+    """Deprecated; an address in ``train`` keeps the order. Reads training shards front to back
+    from here (pil backend), {shard} standing for a name: ``s3://bucket/train/{shard}``,
+    ``pipe:…``. ``train`` then needs to hold only manifest.json."""
     stream_buffer: Count = 1000
     """Samples each worker picks from at random when streaming."""
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -120,6 +121,9 @@ def _stream_set(
     from l2vit.data.stream import StreamTrainSet
 
     world = planner.share.split.world
+    if planner.share.rank == 0:
+        told = "data.stream is deprecated: set data.train to the address, and data.cache_dir"
+        warnings.warn(told, FutureWarning, stacklevel=3)
     readers = world * max(1, data.threads)
     if readers > len(manifest.shards):
         raise ConfigError(

@@ -20,7 +20,7 @@ from l2vit.data.batch import TrainPlanner
 from l2vit.data.config import AugmentConfig, DataConfig
 from l2vit.data.loader import train_loader
 from l2vit.data.order import SampleOrder, Share, Split
-from l2vit.data.stream import StreamTrainSet, address
+from l2vit.data.stream import StreamTrainSet
 from l2vit.errors import ConfigError, UserError
 from l2vit.train.classification import Classification
 from l2vit.train.config import TrainConfig
@@ -242,8 +242,3 @@ def test_a_run_that_streams_needs_the_manifest_alone(shards, tmp_path):
     del tree["data"]["stream"]
     with pytest.raises(UserError, match="missing shard file"):
         Classification(from_tree(TrainConfig, tree))
-
-
-def test_addresses():
-    assert address("https://h/{shard}", "a.tar") == "https://h/a.tar"
-    assert address("s3://b/x y/{shard}", "a.tar") == "pipe:aws s3 cp 's3://b/x y/a.tar' -"
