@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from l2vit import cli
 from l2vit.launch import rank, supervisor
+from l2vit.launch.hosts import Node
+from l2vit.launch.job import Job
 from l2vit.train import metrics, report, watchdog
 from l2vit.train.distributed import World
 from l2vit.train.throughput import PhaseClock, Place
@@ -103,14 +105,13 @@ def test_a_rank_without_its_launcher_stops(no_output, monkeypatch):
 def test_a_run_whose_terminal_was_closed_may_save(no_output, tmp_path):
     """SIGHUP comes with it: the supervisor tells the ranks instead of dying of its own message."""
     script = f"""cd {tmp_path}
-    LOCAL_RANK=0 bash -c 'trap "exit 75" TERM; touch up; while :; do sleep 0.05; done' & rank=$!
-    while [ ! -e up ]; do sleep 0.05; done
-    kill -HUP $PPID; wait $rank"""
+    trap "exit 75" TERM; kill -HUP $PPID; while :; do sleep 0.05; done"""
     before = {number: signal.getsignal(number) for number in supervisor._FORWARDED}
+    saving = Job(["bash", "-c", script], dict(os.environ), [Node("localhost", (0,))])
     try:
-        job = supervisor.Supervisor(run_dir=tmp_path, length=("9 epochs", "0 epochs"))
+        supervised = supervisor.Supervisor(run_dir=tmp_path, length=("9 epochs", "0 epochs"))
         with no_output():
-            assert job.run(["bash", "-c", script], dict(os.environ)) == 75
+            assert supervised.run(saving) == 75
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

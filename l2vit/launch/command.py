@@ -1,47 +1,19 @@
-"""The launcher's flags, checked before any rank is started, and the command that starts them."""
+"""The launcher's flags and the program's configuration, checked before anything is started."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import random
-import socket
-import sys
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from l2vit import cli, config
 from l2vit.errors import ConfigError
-from l2vit.launch.rank import omp_threads
 from l2vit.train import checks, tasks
 from l2vit.train.config import TrainConfig
 
-CPU_RANKS = 2
-_TO_DEEPSPEED = (
-    "hostfile",
-    "node_rank",
-    "master_addr",
-    "master_port",
-    "num_nodes",
-    "include",
-    "exclude",
-    "launcher",
-    "launcher_args",
-    "ssh_port",
-)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What to start."""
-
-    argv: list[str]
-    environment: dict[str, str]
-    config: TrainConfig
-    remote: bool
-    """Ranks are started on other hosts through ssh."""
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -59,15 +31,41 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--max-restarts", type=int, default=0, help="restarts after a failure (default 0)")
     add("--backoff", type=float, default=10.0, help="seconds before the first restart, doubling")
     add("--stop-grace", type=float, default=300.0, help="seconds to save after a signal")
+    add(
+        "--give-up-after",
+        default="24h",
+        metavar="TIME",
+        help="how long to go on with starts that cannot reach a node: 90, 30m, 24h (default)",
+    )
+    add(
+        "--start-timeout",
+        default="30m",
+        metavar="TIME",
+        help="a rank that has not begun its first step by then ends (default 30m; 0: never)",
+    )
     add("--preflight", action="store_true", help="check the cluster with these ranks; no training")
-    group = parser.add_argument_group("several nodes", "given to deepspeed as they are")
-    for name in _TO_DEEPSPEED:
+    _add_several_nodes(parser.add_argument_group("several nodes"))
+    return parser
+
+
+def _add_several_nodes(group: argparse._ArgumentGroup) -> None:
+    def add(name: str, text: str) -> None:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        group.add_argument(*spellings, dest=name, metavar="X")
+        group.add_argument(*spellings, dest=name, metavar="X", help=text)
+
+    add("hostfile", "file of 'HOST slots=N' lines; the ranks are started there over ssh")
+    add("include", "use only HOST[:SLOT,...], several separated by @")
+    add("exclude", "do not use HOST[:SLOT,...], several separated by @")
+    add("num_nodes", "use the first so many nodes")
+    add("master_addr", "address of the first node, where the ranks meet")
+    add("master_port", "port there; default: any free one")
+    add("ssh_port", "port of the ssh daemons")
+    add("ssh_args", "more arguments for ssh, as one word: --ssh_args='-F my_config'")
+    add("node_rank", "with --no_ssh: which of the nodes this one is, from 0")
+    add("lease", "a node not heard of for so long is lost (default 60s)")
     group.add_argument(
         "--no_ssh", "--no-ssh", action="store_true", help="each node runs this command itself"
     )
-    return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,13 +75,29 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.script, options.rest = script, rest
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts: {options.max_restarts} must not be negative")
-    if options.nproc is not None:
-        if not options.nproc.isdigit() or int(options.nproc) < 1:
-            raise ConfigError(f"--nproc: {options.nproc!r} is not a number of ranks")
-        options.nproc = int(options.nproc)
-    if options.no_ssh and not (options.hostfile and options.node_rank and options.master_addr):
+    for name in ("nproc", "num_nodes", "node_rank", "master_port", "ssh_port"):
+        value = getattr(options, name)
+        if value is not None:
+            least = 0 if name in ("node_rank", "master_port") else 1
+            if not value.isdigit() or int(value) < least:
+                raise ConfigError(f"--{name}: {value!r} is not a number from {least} on")
+            setattr(options, name, int(value))
+    options.give_up_after = seconds(options.give_up_after, "--give-up-after")
+    options.start_timeout = seconds(options.start_timeout, "--start-timeout")
+    options.lease = seconds(options.lease or "60s", "--lease")
+    if options.no_ssh and (
+        not options.hostfile or options.node_rank is None or not options.master_addr
+    ):
         raise ConfigError("--no_ssh needs --hostfile, --node_rank and --master_addr, too")
     return options
+
+
+def seconds(text: str, flag: str) -> float:
+    """A time such as 90, 45s, 30m, 24h or 2d, in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if match is None:
+        raise ConfigError(f"{flag}: {text!r} is not a time such as 90, 30m or 24h")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def read_config(rest: Sequence[str]) -> TrainConfig:
@@ -129,62 +143,3 @@ def check(script: str, rest: Sequence[str]) -> None:
         checks.check(settings)
     except ConfigError as error:
         raise config.blamed(error, path, overrides) if error.key else error from None
-
-
-def build(options: argparse.Namespace) -> Launch:
-    """Check the configuration and this node's devices; compose the ``deepspeed`` command."""
-    settings = read_config(options.rest)
-    remote = options.hostfile is not None and not options.no_ssh
-    environment = _environment()
-    local_ranks, flags = _devices(options, environment)
-    environment.setdefault("OMP_NUM_THREADS", str(omp_threads(local_ranks)))
-    for name in _TO_DEEPSPEED:
-        if getattr(options, name) is not None:
-            flags += [f"--{name}", getattr(options, name)]
-    if options.no_ssh:
-        flags.append("--no_ssh")
-    elif not remote and options.master_port is None:
-        # Two runs on one machine must not meet on DeepSpeed's fixed default port.
-        flags += ["--master_port", str(free_port())]
-    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    argv += [*flags, options.script, *(["--preflight"] if options.preflight else []), *options.rest]
-    return Launch(argv, environment, settings, remote)
-
-
-def _environment() -> dict[str, str]:
-    left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    environment = {k: v for k, v in os.environ.items() if k not in left_out}
-    environment["L2VIT_SUPERVISOR"] = str(os.getpid())
-    return environment
-
-
-def _devices(options: argparse.Namespace, environment: dict[str, str]) -> tuple[int, list[str]]:
-    """Ranks on this node and the flags that make DeepSpeed start so many; settles the rest."""
-    import torch
-
-    gpus = 0 if environment.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-    if gpus == 0:
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        ranks = options.nproc or CPU_RANKS
-        return ranks, [] if options.hostfile else ["--num_gpus", str(ranks)]
-    if options.nproc is not None and options.nproc > gpus:
-        raise ConfigError(f"--nproc: {options.nproc} ranks, but this node shows {gpus} GPU(s)")
-    ranks = options.nproc or gpus
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible and not options.hostfile:
-        # DeepSpeed ignores the variable when a number is given: shorten it instead.
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:ranks])
-        return ranks, []
-    return ranks, ["--num_gpus", str(ranks)] if options.nproc or not options.hostfile else []
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on, below those that Linux gives to outgoing connections.
-
-    The ranks listen on it seconds later: no connection made meanwhile must have taken it.
-    """
-    while True:
-        port = random.SystemRandom().randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("", port))
-            return port

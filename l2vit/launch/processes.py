@@ -1,4 +1,4 @@
-"""The processes of a session, read from /proc: who is a rank, who is left, and ending them."""
+"""Processes, read from /proc: those of a session or with a mark, and ending them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-RANK_MARK = b"LOCAL_RANK="
-"""Every launcher gives its ranks this variable, and gives it to nobody else."""
 KILLED = 30.0
 """Seconds in which a killed process is gone unless the kernel holds it."""
 
@@ -36,14 +34,23 @@ def living() -> Iterator[Process]:
 
 def find(pid: int) -> Process | None:
     """The process with this id; None when it has ended, even if its parent has not noticed."""
+    fields = _stat(pid)
+    if not fields or fields[0] in "ZX":
+        return None
+    return Process(pid, parent=int(fields[1]), session=int(fields[3]))
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, group and session of a process; empty when it is gone."""
     try:
         # The name, in parentheses, may hold spaces and parentheses itself: count from the last.
-        state, parent, _group, session = (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
-        )
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
     except OSError:
-        return None
-    return None if state in "ZX" else Process(pid, int(parent), int(session))
+        return []
+
+
+def _state(pid: int) -> str:
+    return (_stat(pid) or [""])[0]
 
 
 def members(session: int) -> list[Process]:
@@ -61,18 +68,21 @@ def sessions_below(pid: int) -> list[int]:
     return sorted(found)
 
 
-def ranks(session: int) -> list[int]:
-    """The rank processes of a session, without the loader workers they started."""
-    marked = {p.pid: p.parent for p in members(session) if _is_marked(p.pid)}
-    return sorted(pid for pid, parent in marked.items() if parent not in marked)
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped the process."""
+    return _state(pid) in ("T", "t")
 
 
-def _is_marked(pid: int) -> bool:
+def marked(mark: bytes) -> list[Process]:
+    """The living processes that have ``mark`` (NAME=value) in their environment."""
+    return [process for process in living() if mark in _variables(process.pid)]
+
+
+def _variables(pid: int) -> list[bytes]:
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return False
-    return any(variable.startswith(RANK_MARK) for variable in variables)
+        return []
 
 
 def send(pids: Iterable[int], number: int) -> None:
@@ -83,21 +93,38 @@ def send(pids: Iterable[int], number: int) -> None:
 
 
 def end_session(session: int, *, grace: float) -> int:
-    """End whatever is left of a session: SIGTERM, ``grace`` seconds, SIGKILL.
+    """End whatever is left of a session; returns how many processes had been left."""
+    return end_sessions({session}, grace=grace)[0]
+
+
+def end_sessions(sessions: Set[int], *, grace: float) -> tuple[int, list[int]]:
+    """End whatever is left of sessions: SIGTERM, ``grace`` seconds, SIGKILL.
 
     A process that waits in the kernel (for a dead file server, a broken GPU) survives even that,
     for as long as it waits: it is given up after ``KILLED`` seconds.
 
     Returns:
-        How many processes had been left.
+        How many processes had been left, and those that could not be ended.
     """
-    left = [process.pid for process in members(session)]
-    send(left, signal.SIGTERM)
+    return _end(lambda: [p.pid for p in living() if p.session in sessions], grace)
+
+
+def end_marked(mark: bytes, *, grace: float, spare: int) -> int:
+    """End the processes with ``mark`` in their environment but ``spare``; returns their number."""
+    return _end(lambda: [p.pid for p in marked(mark) if p.pid != spare], grace)[0]
+
+
+def _end(left: Callable[[], list[int]], grace: float) -> tuple[int, list[int]]:
+    found = left()
+    if not found:
+        return 0, []
+    send(found, signal.SIGTERM)
     deadline = time.monotonic() + grace
-    while members(session) and time.monotonic() < deadline:
+    while (held := left()) and time.monotonic() < deadline:
         time.sleep(0.1)
     deadline = time.monotonic() + KILLED
-    while (stubborn := members(session)) and time.monotonic() < deadline:
-        send((process.pid for process in stubborn), signal.SIGKILL)
+    while held and time.monotonic() < deadline:
+        send(held, signal.SIGKILL)
         time.sleep(0.05)
-    return len(left)
+        held = left()
+    return len(found), held

@@ -1,17 +1,14 @@
-"""Starts the ranks through ``deepspeed``, watches them, restarts them, and believes only DONE.
+"""Starts the ranks, watches them, starts them again after a failure, and believes only DONE.
 
-DeepSpeed's launcher alone loses things: SIGTERM kills it and leaves its ranks running, and when
-its per-node part is killed it exits 0. So the ranks live in a session of their own, signals go
-to them directly, whatever is left of the session is ended, and success is the file ``DONE`` in
-the run directory.
+A run is finished when the file ``DONE`` in its directory says so, whatever a process's exit
+status. What counts as a failure and what is only a start that could not reach its peers (a node
+or link that is down) is decided here, and how long to go on trying.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,32 +16,34 @@ from pathlib import Path
 from types import FrameType
 
 from l2vit import cli
-from l2vit.launch import command, processes
-from l2vit.train import run_dir
+from l2vit.launch import command, job
+from l2vit.launch.attempt import UNREACHABLE, WRONG_CONFIGURATION, Attempt, Outcome
+from l2vit.launch.job import Job
+from l2vit.train import metrics, run_dir
 from l2vit.train.guards import STOPPED
+from l2vit.train.run_dir import Reached
 
-WRONG_CONFIGURATION = 2
-DEATH_GRACE = 60.0
-"""Seconds the other ranks have to end by themselves once one has died."""
 POLL = 0.25
 LONGEST_PAUSE = 600.0
+LONGEST_RETRY = 300.0
+"""Between starts that cannot reach their peers; ranks wait longer than this for one another, so
+that two nodes that retry on their own meet."""
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def launch(options: argparse.Namespace) -> int:
     """Start the job that :func:`command.parse` read and watch it; returns the exit status."""
-    job = command.build(options)
+    settings = command.read_config(options.rest)
     supervisor = Supervisor(
-        run_dir=Path(job.config.run.dir),
-        length=(job.config.schedule.length, job.config.schedule.cooldown),
+        run_dir=Path(settings.run.dir),
+        length=(settings.schedule.length, settings.schedule.cooldown),
         max_restarts=options.max_restarts,
         backoff=options.backoff,
         stop_grace=options.stop_grace,
-        remote=job.remote,
+        give_up_after=options.give_up_after,
     )
-    if options.preflight:
-        return supervisor.run_once(job.argv, job.environment)
-    return supervisor.run(job.argv, job.environment)
+    started = job.build(options, settings)
+    return supervisor.run_once(started) if options.preflight else supervisor.run(started)
 
 
 @dataclass
@@ -59,120 +58,115 @@ class Supervisor:
     """Seconds before the first restart; doubled each time, at most ``LONGEST_PAUSE``."""
     stop_grace: float = 300.0
     """Seconds a signalled job has to save before it is killed."""
-    remote: bool = False
-    """Ranks on other hosts through ssh: signals go to ``deepspeed``, which passes them on."""
+    give_up_after: float = 86400.0
+    """Seconds to go on with starts that cannot reach their peers."""
     _signals: list[int] = field(default_factory=list)
     _saved_before: int = 0
     """Step of the last complete checkpoint when the signal came."""
+    _retries: int = 0
+    """Starts in a row that could not reach their peers."""
+    _first_retry: float = 0.0
 
-    def run(self, argv: Sequence[str], environment: dict[str, str]) -> int:
+    def run(self, wanted: Job) -> int:
         """Start the ranks until the run is done, stopped, or not worth another start.
 
         Returns:
             0 when ``DONE`` is there, 2 for a wrong configuration, 75 when a signal stopped the
             run and it can be continued, otherwise 1.
         """
-        for number in _FORWARDED:
-            signal.signal(number, self._on_signal)
-        failures: list[run_dir.Reached] = []
-        for attempt in range(self.max_restarts + 1):
-            status = self._attempt(argv, environment)
+        self._listen_to_signals()
+        failures: list[Reached] = []
+        while True:
+            trained_before = last_record(self.run_dir)
+            outcome = self._start(wanted)
+            trained = last_record(self.run_dir) != trained_before
+            status = self._judged(outcome)
             if status in (0, STOPPED, WRONG_CONFIGURATION):
                 return status
-            failures.append(run_dir.reached(self.run_dir))
-            if attempt == self.max_restarts or self._signals:
-                break
-            if why := hopeless(failures):
-                self._say(f"{why}; not restarting")
+            if self._signals:
                 return 1
-            pause = min(self.backoff * 2**attempt, LONGEST_PAUSE)
-            again = f"restart {attempt + 1} of {self.max_restarts} in {pause:g} s"
-            self._say(f"failed at {failures[-1]}; {again}")
+            if status == UNREACHABLE and not trained:
+                pause = self._retry_in(outcome, started_before=bool(failures))
+            else:
+                self._retries = 0
+                failures.append(run_dir.reached(self.run_dir))
+                pause = self._restart_in(failures)
+            if pause is None:
+                return 1
             if not self._pause(pause):
                 return STOPPED
-        return 1
 
-    def run_once(self, argv: Sequence[str], environment: dict[str, str]) -> int:
+    def run_once(self, wanted: Job) -> int:
         """Start the ranks for something that is not a run (preflight); its status counts."""
-        for number in _FORWARDED:
-            signal.signal(number, self._on_signal)
-        return 0 if self._start(argv, environment) == 0 else 1
+        self._listen_to_signals()
+        outcome = self._start(wanted)
+        if outcome.why:
+            self._say(outcome.why)
+        return 0 if outcome.status == 0 else 1
 
-    def _attempt(self, argv: Sequence[str], environment: dict[str, str]) -> int:
-        status = self._start(argv, environment)
+    def _start(self, wanted: Job) -> Outcome:
+        attempt = Attempt(wanted, self._signals, self.stop_grace, self._say, self._note_saved)
+        return attempt.run()
+
+    def _judged(self, outcome: Outcome) -> int:
+        """The status this start leaves the run with; says what is wrong."""
+        status = outcome.status
         if status == WRONG_CONFIGURATION:
             return status
         if run_dir.finished(self.run_dir, self.length):
             return 0
         if self._signals:
-            return self._stopped_status(status)
+            return self._stopped_status(outcome)
         if status == STOPPED:  # another node's supervisor was signalled, and the ranks agreed
             return STOPPED
         if status == 0:
-            self._say(
-                f"the launcher reports success but {self.run_dir / run_dir.DONE_NAME} is missing"
-            )
-        else:
-            self._say(f"the ranks ended with status {status}; the first error above says why")
-        return 1
+            self._say(f"the ranks report success but {self.run_dir / run_dir.DONE_NAME} is missing")
+        elif status != UNREACHABLE:
+            self._say(f"{outcome.why}; the first error above says why")
+        return UNREACHABLE if status == UNREACHABLE else 1
 
-    def _stopped_status(self, status: int) -> int:
+    def _stopped_status(self, outcome: Outcome) -> int:
         """After a signal: 75 if the run can be continued with nothing lost that was promised."""
-        by_signal = status <= 0 or status > 128
+        status = outcome.status
         if status == STOPPED or run_dir.reached(self.run_dir).saved > self._saved_before:
             return STOPPED
-        if by_signal:  # before the ranks were ready to catch it: nothing to save yet
+        if status <= 0 or status == UNREACHABLE:  # before the ranks were ready to catch it
             self._say("stopped before training began; nothing was saved")
             return STOPPED
-        self._say(f"stopped by a signal, but the ranks failed to save (status {status})")
+        self._say(f"stopped by a signal, but the ranks failed to save ({outcome.why})")
         return 1
 
-    def _start(self, argv: Sequence[str], environment: dict[str, str]) -> int:
-        process = subprocess.Popen(argv, env=environment, start_new_session=True)
-        session = process.pid
-        try:
-            return self._watch(process, session)
-        finally:
-            left = processes.end_session(session, grace=5.0)
-            if held := processes.members(session):
-                pids = ", ".join(str(process.pid) for process in held)
-                self._say(f"cannot end process {pids}: it waits for a disk or device (ps: state D)")
-            elif left:
-                self._say(f"ended {left} process(es) the launcher had left behind")
+    def _retry_in(self, outcome: Outcome, *, started_before: bool) -> float | None:
+        """Seconds until a start that could not reach its peers is tried again; None: give up."""
+        if outcome.refused and not started_before and self._retries == 0:
+            self._say(f"{outcome.why}; mend this and start again")
+            return None
+        now = time.monotonic()
+        if self._retries == 0:
+            self._first_retry = now
+        pause = min(self.backoff * 2 ** min(self._retries, 16), LONGEST_RETRY)
+        self._retries += 1
+        spent = now - self._first_retry
+        if spent + pause > self.give_up_after:
+            self._say(f"{outcome.why}; giving up after {spent:.0f} s of trying (--give-up-after)")
+            return None
+        self._say(f"{outcome.why}; no failure of the run: trying again in {pause:g} s")
+        return pause
 
-    def _watch(self, process: subprocess.Popen[bytes], session: int) -> int:
-        forwarded, most_ranks, deadline = 0, 0, float("inf")
-        while process.poll() is None:
-            now = time.monotonic()
-            if len(self._signals) > forwarded:
-                first = forwarded == 0
-                forwarded = len(self._signals)
-                self._forward(process, session)
-                deadline = min(deadline, now + (self.stop_grace if first else 5.0))
-            alive = len(processes.ranks(session))
-            most_ranks = max(most_ranks, alive)
-            if 0 < alive < most_ranks:
-                deadline = min(deadline, now + DEATH_GRACE)
-            if now > deadline:
-                self._say("the ranks did not end in time; killing them")
-                processes.end_session(session, grace=0.0)
-                break
-            time.sleep(POLL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(processes.KILLED)
-        return 1
+    def _restart_in(self, failures: Sequence[Reached]) -> float | None:
+        """Seconds until a failed run is started again; None: it is not."""
+        if len(failures) > self.max_restarts:
+            return None
+        if why := hopeless(failures):
+            self._say(f"{why}; not restarting")
+            return None
+        pause = min(self.backoff * 2 ** (len(failures) - 1), LONGEST_PAUSE)
+        again = f"restart {len(failures)} of {self.max_restarts} in {pause:g} s"
+        self._say(f"failed at {failures[-1]}; {again}")
+        return pause
 
-    def _forward(self, process: subprocess.Popen[bytes], session: int) -> None:
-        number = self._signals[-1]
+    def _note_saved(self) -> None:
         self._saved_before = run_dir.reached(self.run_dir).saved
-        self._say(f"{signal.Signals(number).name} received; passing it to the ranks")
-        pids = [] if self.remote else processes.ranks(session)
-        if pids:
-            processes.send(pids, signal.SIGTERM)
-        elif self.remote:
-            process.send_signal(signal.SIGTERM)
-        else:  # still starting: there is nothing to save
-            processes.end_session(session, grace=5.0)
 
     def _pause(self, seconds: float) -> bool:
         """Sleep; False when a signal came instead."""
@@ -181,11 +175,23 @@ class Supervisor:
             time.sleep(min(POLL, seconds))
         return not self._signals
 
+    def _listen_to_signals(self) -> None:
+        for number in _FORWARDED:
+            signal.signal(number, self._on_signal)
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)
 
     def _say(self, message: str) -> None:
         cli.tell(f"[launch] {message}", error=True)
+
+
+def last_record(directory: Path) -> int:
+    """A number that changes whenever the run records something: it has begun to train."""
+    try:
+        return (directory / metrics.JSONL).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def hopeless(failures: Sequence[run_dir.Reached]) -> str:

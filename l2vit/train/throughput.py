@@ -34,6 +34,10 @@ PEAK_TFLOPS = {
 PHASES = ("setup", "data", "mix", "forward", "backward", "reduce", "save", "evaluate", "log")
 
 
+training_began = threading.Event()
+"""Set when this process enters the first phase of its first step."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank is. Ranks pass the same places in the same order, so counts compare."""
@@ -80,6 +84,8 @@ class PhaseClock:
     def _enter(self, phase: str) -> float:
         with self._lock:
             self._place = Place(self._place.count + 1, phase, self.step)
+            if phase != "setup":
+                training_began.set()
             self._since = time.monotonic()
             return self._since
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -38,7 +37,8 @@ def started(project, command: list[str], stub: str, **environment: str):
 
 
 def bash(project, program: str = "pretrain", *flags: str) -> list[str]:
-    return ["bash", f"launch/{program}.sh", *flags, "--config", str(project.config), "run.seed=3"]
+    command = ["bash", f"launch/{program}.sh", *flags, "--config", str(project.config)]
+    return [*command, "run.seed=3", *(["init.source=scratch"] if program == "finetune" else [])]
 
 
 def seen(project, rank: int) -> dict:
@@ -79,20 +79,36 @@ def test_a_killed_rank_ends_the_others(project):
         os.kill(seen(project, 1)["pid"], signal.SIGKILL)
         output, _ = launcher.communicate()
     assert launcher.returncode == 1, output
+    assert "rank 1 was killed by SIGKILL: " in output and "memory" in output
     assert gone(seen(project, 0)["pid"])
 
 
-def test_a_killed_node_launcher_is_not_success(project):
-    """DeepSpeed itself exits 0 here and leaves the ranks running."""
+def test_ranks_without_their_supervisor_stop(project):
     with started(project, bash(project), "wait") as launcher:
         wait_for(project, launcher)
-        rank = processes.find(seen(project, 0)["pid"])
-        assert b"deepspeed.launcher.launch" in Path(f"/proc/{rank.parent}/cmdline").read_bytes()
-        os.kill(rank.parent, signal.SIGKILL)
+        launcher.kill()
+        assert gone(seen(project, 0)["pid"]) and gone(seen(project, 1)["pid"])
+    assert (project.run / "ranks" / "0.stopped").exists()
+
+
+def test_one_node_needs_no_deepspeed_launcher(project):
+    """The ranks are the supervisor's own children, and what they end with is what it says."""
+    with started(project, bash(project), "2") as launcher:
         output, _ = launcher.communicate()
-    assert launcher.returncode == 1, output
-    assert "DONE is missing" in output
-    assert gone(seen(project, 0)["pid"]) and gone(seen(project, 1)["pid"])
+    assert launcher.returncode == 2, output
+    assert output == "", "nothing follows the line of the rank that refuses"
+    assert "CROSS_RANK" not in seen(project, 0)["environment"], "a variable of DeepSpeed's"
+    assert seen(project, 0)["environment"]["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_arguments_arrive_as_they_were_given(project):
+    """Every character of a shell's, an empty value and a line break."""
+    nasty = "about.paper=a b;touch$IFS'x' \"y\" [*?] `id` $HOME \\ | & < > ( ) { } ! # ~ %\né"
+    command = [*bash(project), nasty, "about.command="]
+    with started(project, command, "done") as launcher:
+        output, _ = launcher.communicate()
+    assert launcher.returncode == 0, output
+    assert seen(project, 1)["argv"][-2:] == [nasty, "about.command="]
 
 
 def test_deepspeed_itself_and_its_orphans_stop(project):
@@ -183,6 +199,8 @@ def test_srun_tasks_become_ranks(project):
         ),
         (["--nproc", "none", "--config", "config.yaml"], "--nproc: 'none' is not a number"),
         (["--no_ssh", "--config", "config.yaml"], "--no_ssh needs --hostfile"),
+        (["--give-up-after", "soon", "--config", "config.yaml"], "'soon' is not a time such as 90"),
+        (["--hostfile", "nowhere", "--config", "config.yaml"], "--hostfile: cannot read nowhere"),
     ],
 )
 def test_a_wrong_configuration_costs_no_launch(project, arguments, message, monkeypatch, capsys):

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from l2vit.launch import processes, supervisor
+from l2vit.launch import attempt, processes, supervisor
+from l2vit.launch.hosts import Node
+from l2vit.launch.job import Job
 from l2vit.launch.supervisor import Supervisor
 from l2vit.train import run_dir
 from l2vit.train.run_dir import Reached
@@ -25,11 +25,17 @@ def handlers_restored():
         signal.signal(number, handler)
 
 
-def run(tmp_path: Path, script: str, **options) -> int:
+def job(script: str, ranks: int = 1, **options) -> Job:
+    """A shell script as every rank; rank 0 is alone unless there are more."""
+    nodes = [Node("localhost", tuple(range(ranks)))]
+    return Job(["bash", "-c", script], dict(os.environ), nodes, **options)
+
+
+def run(tmp_path: Path, script: str, ranks: int = 1, **options) -> int:
     """Supervise a shell script whose working directory is the run directory."""
     options = {"backoff": 0.01, "run_dir": tmp_path, "length": ("9 epochs", "0 epochs")} | options
-    command = ["bash", "-c", f"cd {tmp_path}; echo start >> starts\n{script}"]
-    return Supervisor(**options).run(command, dict(os.environ))
+    script = f"cd {tmp_path}; [ $RANK != 0 ] || echo start >> starts\n{script}"
+    return Supervisor(**options).run(job(script, ranks))
 
 
 def starts(tmp_path: Path) -> int:
@@ -96,38 +102,35 @@ def test_backoff_doubles(tmp_path, monkeypatch):
     assert pauses == [10, 20, 40, 80]
 
 
-# Two ranks under a launcher that waits for them and reports 75 when both left with 75. READY is
-# carried out once both have set their traps.
-SET_TRAP = "trap 'echo $LOCAL_RANK >> caught; exit 75' TERM; touch up$LOCAL_RANK"
-RANK = f"{SET_TRAP}; while :; do sleep 0.05; done"
-TWO_RANKS = f"""
-trap 'echo launcher >> caught' TERM
-rm -f up*
-for r in 0 1; do LOCAL_RANK=$r bash -c "{RANK.replace("$", chr(92) + "$")}" & pids="$pids $!"; done
+# Two ranks that save when told to; the second carries READY out once both have set their traps.
+TWO_RANKS = """
+trap 'echo $LOCAL_RANK >> caught; exit 75' TERM
+touch up$LOCAL_RANK
 while [ ! -e up0 ] || [ ! -e up1 ]; do sleep 0.05; done
-READY
-for p in $pids; do wait $p; s=$?; done
-exit $s
+[ $RANK = 0 ] || { READY; }
+while :; do sleep 0.05; done
 """
 
 
-def test_a_signal_reaches_every_rank_once_and_only_the_ranks(tmp_path):
-    assert run(tmp_path, TWO_RANKS.replace("READY", "kill -TERM $PPID"), max_restarts=3) == 75
+def test_a_signal_reaches_every_rank_once(tmp_path):
+    script = TWO_RANKS.replace("READY", "kill -TERM $PPID")
+    assert run(tmp_path, script, ranks=2, max_restarts=3) == 75
     assert sorted((tmp_path / "caught").read_text().split()) == ["0", "1"]
     assert starts(tmp_path) == 1
 
 
-def test_a_signal_before_there_are_ranks_ends_the_start(tmp_path, capfd):
+def test_a_signal_before_the_ranks_can_catch_it_ends_the_start(tmp_path, capfd):
     assert run(tmp_path, "kill -TERM $PPID; sleep 60") == 75
     assert "nothing was saved" in capfd.readouterr().err
 
 
 def test_a_stop_that_could_not_save_is_a_failure(tmp_path):
-    failing = TWO_RANKS.replace("exit 75", "exit 1")
-    script = failing.replace("READY", "kill -TERM $PPID")
-    assert run(tmp_path, script, max_restarts=3) == 1
-    # The launcher lost the status, but the checkpoint is there: that is what counts.
-    assert run(tmp_path, script.replace("exit $s", f"{save(3)}; exit $s"), max_restarts=3) == 75
+    script = TWO_RANKS.replace("READY", "kill -TERM $PPID").replace("exit 75", "exit 1")
+    assert run(tmp_path, script, ranks=2, max_restarts=3) == 1
+    for name in ("up0", "up1"):
+        (tmp_path / name).unlink()
+    # The ranks lost their status, but the checkpoint is there: that is what counts.
+    assert run(tmp_path, script.replace("exit 1", f"{save(3)}; exit 1"), ranks=2) == 75
 
 
 def test_a_signal_during_the_pause_ends_the_waiting(tmp_path, monkeypatch):
@@ -144,67 +147,70 @@ def test_a_signal_during_the_pause_ends_the_waiting(tmp_path, monkeypatch):
     assert starts(tmp_path) == 1
 
 
-def test_nothing_is_left_when_the_launcher_dies(tmp_path, capfd):
+def test_nothing_a_rank_started_is_left(tmp_path, capfd):
     stubborn = "trap '' TERM; echo $$ > orphan; while :; do sleep 0.05; done"
-    script = f"(LOCAL_RANK=0 bash -c {json.dumps(stubborn).replace('$', chr(92) + '$')}) &\
-        while [ ! -s orphan ]; do sleep 0.01; done; kill -9 $$"
+    script = f"""(bash -c {json.dumps(stubborn).replace("$", chr(92) + "$")}) &
+        while [ ! -s orphan ]; do sleep 0.01; done; kill -9 $$"""
     assert run(tmp_path, script) == 1
     assert processes.find(int((tmp_path / "orphan").read_text())) is None
     assert "left behind" in capfd.readouterr().err
 
 
 def test_ranks_that_hang_after_one_died_are_killed(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(supervisor, "DEATH_GRACE", 0.5)
-    ranks = processes.ranks
-
-    def looked(session):
-        found = ranks(session)
-        if len(found) == 2:
-            (tmp_path / "seen").touch()
-        return found
-
-    monkeypatch.setattr(processes, "ranks", looked)
-    script = """
-    LOCAL_RANK=0 bash -c 'sleep 100000; true' &
-    LOCAL_RANK=1 bash -c 'while [ ! -e seen ]; do sleep 0.05; done' &
-    wait"""
+    monkeypatch.setattr(attempt, "DEATH_GRACE", 0.5)
     # It returns at all only if it does not wait for the sleeping rank.
-    assert run(tmp_path, script) == 1
-    assert "killing them" in capfd.readouterr().err
+    assert run(tmp_path, "[ $RANK = 1 ] || sleep 100000; exit 3", ranks=2) == 1
+    said = capfd.readouterr().err
+    assert "killing them" in said and "rank 1 ended with status 3" in said
+
+
+def test_a_killed_rank_is_told_of_with_the_likely_reason(tmp_path, capfd):
+    assert run(tmp_path, "kill -9 $$") == 1
+    said = capfd.readouterr().err
+    assert "rank 0 was killed by SIGKILL: " in said and "out of memory" in said
+
+
+def test_a_stopped_rank_is_ended_after_the_time_a_hang_may_last(tmp_path, capfd):
+    script = f"cd {tmp_path}; kill -STOP $$; touch woken"
+    supervised = Supervisor(run_dir=tmp_path, length=("9 epochs", "0 epochs"))
+    assert supervised.run(job(script, hang_seconds=1.0)) == 1
+    assert not (tmp_path / "woken").exists()
+
+
+def test_a_start_that_cannot_reach_its_peers_is_no_failure(tmp_path, monkeypatch, capfd):
+    """Once it trained and failed at step 5, then could not meet the others for three starts."""
+    pauses = []
+    monkeypatch.setattr(Supervisor, "_pause", lambda self, seconds: not pauses.append(seconds))
+    script = f"""case $(wc -l < starts) in
+        1) {step("5")}; exit 1;; 5) {step("9")}; {DONE};; *) exit 69;; esac"""
+    assert run(tmp_path, script, max_restarts=1, backoff=100) == 0
+    assert starts(tmp_path) == 5
+    assert pauses == [100, 100, 200, 300], "growing, and never longer than ranks wait for peers"
+    assert capfd.readouterr().err.count("no failure of the run") == 3
+
+
+def test_trying_to_reach_peers_ends_after_the_time_given(tmp_path, capfd):
+    assert run(tmp_path, "exit 69", give_up_after=0.05) == 1
+    assert 2 <= starts(tmp_path) <= 4
+    assert "giving up after" in capfd.readouterr().err
+
+
+def test_a_peer_lost_after_training_counts_as_a_failure(tmp_path):
+    assert run(tmp_path, f"{step('$(wc -l < starts)')}; exit 69", max_restarts=1) == 1
+    assert starts(tmp_path) == 2
 
 
 def test_a_process_that_nothing_ends_is_given_up(tmp_path, monkeypatch, capfd):
     """The kernel may hold one (a dead file server, a broken GPU): no signal arrives here either."""
     monkeypatch.setattr(processes, "KILLED", 0.2)
-    monkeypatch.setattr(supervisor, "DEATH_GRACE", 0.2)
-    send, end_session = processes.send, processes.end_session
+    send = processes.send
     monkeypatch.setattr(processes, "send", lambda pids, number: None)
-    monkeypatch.setattr(
-        processes, "end_session", lambda session, grace: end_session(session, grace=0)
-    )
     try:
         assert run(tmp_path, "sleep 3600 & echo $! > held; exit 1") == 1
         held = (tmp_path / "held").read_text().strip()
         assert f"cannot end process {held}:" in capfd.readouterr().err
     finally:
         send([int((tmp_path / "held").read_text())], signal.SIGKILL)
-
-
-def test_loader_workers_are_not_ranks():
-    """They inherit the mark; a signal to them would look like a crash of the loader."""
-    script = "for r in 0 1; do LOCAL_RANK=$r bash -c 'sleep 60 & wait' & echo $!; done; wait"
-    launcher = subprocess.Popen(
-        ["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        started = sorted(int(launcher.stdout.readline()) for _ in range(2))
-        while len(processes.members(launcher.pid)) < 5:
-            time.sleep(0.01)
-        assert processes.ranks(launcher.pid) == started
-    finally:
-        assert processes.end_session(launcher.pid, grace=5.0) == 5
-        launcher.wait()
-        launcher.stdout.close()
 
 
 def test_progress_is_read_from_the_run_directory(tmp_path):
