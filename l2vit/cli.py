@@ -23,9 +23,7 @@ Main = Callable[[Sequence[str]], int | None]
 INTERRUPTED = 130
 EXTRAS = {
     **dict.fromkeys(("deepspeed", "nvidia", "tensorboard", "sklearn"), "train"),
-    **dict.fromkeys(
-        ("webdataset", "simplejpeg", "scipy", "rich", "matplotlib", "fsspec", "aiohttp"), "train"
-    ),
+    **dict.fromkeys(("simplejpeg", "scipy", "rich", "matplotlib", "fsspec", "aiohttp"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("segmentation_models_pytorch", "pycocotools"), "dense"),
 }
