@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,6 +79,13 @@ def read_json(path: Path, *, what: str) -> Any:
         raise UserError(f"{what} not found: {path}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{what} {path} cannot be read: {error}") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Rename something damaged to ``damaged-NAME-SECONDS`` beside it; the new path."""
+    aside = path.with_name(f"damaged-{path.name}-{int(time.time())}")
+    path.rename(aside)
+    return aside
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -180,21 +180,39 @@ def clock(seconds: float) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a line cut short by a kill is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
-    return records
+    """The records of a ``metrics.jsonl``; lines that a kill or a disk damaged are left out."""
+    return [record for record in _parsed(path) if record is not None]
+
+
+def _parsed(path: Path) -> list[dict[str, Any] | None]:
+    """Each line's record, None where there is none in it."""
+    if not path.is_file():
+        return []
+    return [_record(line) for line in path.read_bytes().splitlines()]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = all(type(value) in (int, float) for value in record.values())
+    return record if numbers else None
 
 
 def truncate(path: Path, step: int) -> None:
-    """Leave only records of steps up to ``step``."""
-    if path.exists():
-        kept = [record for record in read(path) if record["step"] <= step]
-        files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Leave only records of steps up to ``step``.
+
+    Lines that hold none are dropped; the file as it was is then kept, unless only its last line
+    was cut short.
+    """
+    if not path.exists():
+        return
+    parsed = _parsed(path)
+    if None in parsed[:-1]:
+        aside = files.set_aside(path)
+        cli.tell(f"warning: {path} has damaged lines; kept as {aside.name}", error=True)
+    kept = [record for record in parsed if record is not None and record["step"] <= step]
+    files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

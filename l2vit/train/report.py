@@ -61,10 +61,10 @@ def summary(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         return [("records", "none yet")]
     rows = [
         ("optimizer steps", f"{records[-1]['step']:,}"),
-        ("images", f"{_last(records, 'images'):,.0f}"),
+        ("images", f"{_last(records, 'images') or 0:,.0f}"),
     ]
-    spent = records[-1]["time"] - records[0]["time"]
-    rows.append(("time since the first record", clock(max(spent, 0))))
+    times = [record["time"] for record in records if "time" in record] or [0.0]
+    rows.append(("time since the first record", clock(max(times[-1] - times[0], 0))))
     for key, text in (
         ("loss", "{:.4f}"),
         ("images_per_second", "{:,.1f}"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ def prepare(config: TrainConfig, world: World) -> Path:
 
 def _prepare(directory: Path, config: TrainConfig) -> None:
     (directory / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+    _set_damaged_aside(directory)
     if (directory / DONE_NAME).is_file() or checkpoint.complete_steps(directory):
         for change in changed_settings(directory / CONFIG_NAME, config):
             print(f"continuing with another setting: {change}", flush=True)
@@ -63,6 +63,29 @@ def _prepare(directory: Path, config: TrainConfig) -> None:
         found = Mirror(config.checkpoint.mirror).fetch_newest(directory)
         if found is not None:
             print(f"fetched step {found} from {config.checkpoint.mirror}", flush=True)
+
+
+def _set_damaged_aside(directory: Path) -> None:
+    """Rename a configuration or a DONE that nobody can have meant: the checkpoints count."""
+    for name, sound in ((CONFIG_NAME, _is_configuration), (DONE_NAME, _is_done)):
+        path = directory / name
+        if path.is_file() and not sound(path):
+            aside = files.set_aside(path)
+            print(f"warning: {path} is damaged; kept as {aside.name}", file=sys.stderr, flush=True)
+
+
+def _is_configuration(path: Path) -> bool:
+    try:
+        return {"run", "model", "schedule"} <= read_tree(path).keys()
+    except ConfigError:
+        return False
+
+
+def _is_done(path: Path) -> bool:
+    try:
+        return "length" in files.read_json(path, what="completion marker")
+    except (UserError, TypeError):
+        return False
 
 
 def finished(directory: Path, length: Sequence[str]) -> bool:
@@ -179,8 +202,7 @@ def newest_sound(directory: Path, world: World) -> Reader | None:
         if not problems:
             return reader
         if world.main:
-            aside = path.with_name(f"damaged-{path.name}-{int(time.time())}")
-            path.rename(aside)
+            aside = files.set_aside(path)
             before = f"step {steps[-2]}" if len(steps) > 1 else "the beginning"
             print(
                 f"warning: {problems[0]}; kept as {aside.name}; continuing from {before}",
