@@ -11,6 +11,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from l2vit.errors import ConfigError
+from l2vit.train.zero import full_shape
 
 
 @dataclass
@@ -25,7 +26,8 @@ class ParamGroup:
 
     @property
     def numel(self) -> int:
-        return sum(p.numel() for p in self.params)
+        """Elements, those of parameters that ZeRO-3 has partitioned included."""
+        return sum(torch.Size(full_shape(p)).numel() for p in self.params)
 
 
 def param_groups(

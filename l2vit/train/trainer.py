@@ -81,7 +81,7 @@ class Trainer:
                 result = self.train_step()
                 if not self.decide(result):
                     continue  # back at the last checkpoint
-                if self._last or self._due(self.config.log.every):
+                if self._last or self._first or self._due(self.config.log.every):
                     self.log(result)
                 if self._due(self.config.log.denominators_every):
                     self.log_denominators()
@@ -98,6 +98,10 @@ class Trainer:
         return every > 0 and self.state.step % every == 0
 
     @property
+    def _first(self) -> bool:
+        return self.state.step == 1
+
+    @property
     def _last(self) -> bool:
         return self.state.step == self.schedule.total
 
@@ -105,7 +109,8 @@ class Trainer:
         """True if this step is followed by something that needs it read first."""
         log, every = self.config.log, self.every
         recurring = (log.every, log.denominators_every, every.evaluate, every.save)
-        return self._last or self._stopping or any(map(self._due, recurring))
+        at_once = self._first or self._last or self._stopping
+        return at_once or any(map(self._due, recurring))
 
     # -- one step
 

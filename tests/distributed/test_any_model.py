@@ -17,6 +17,17 @@ from l2vit.train.checkpoint import Reader
 def finish(path, directory, size=1):
     ranks = Ranks(train, size, path, directory=directory, raw=True)
     assert ranks.wait() == [0] * size, ranks.log(0)[-3000:]
+    return ranks.log(0)
+
+
+def count(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=4, **sized(name), **TIMM_MODELS[name])
+    return sum(p.numel() for p in model.parameters())
+
+
+def sized(name):
+    return {"img_size": 64} if name.startswith(("swin", "vit")) else {}
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
@@ -36,7 +47,8 @@ def test_trains_resumes_evaluates_exports_and_fine_tunes(name, shards, tmp_path,
         "checkpoint__keep_last": 1,
     }
     run = tmp_path / "run"
-    finish(settings(shards, run, **short), tmp_path)
+    said = finish(settings(shards, run, **short), tmp_path)
+    assert f"{count(name) / 1e6:.3f} M parameters" in said, "ZeRO-3 counts its own share"
     finish(settings(shards, run, **{**short, "schedule__length": "3 steps"}), tmp_path)
     assert sorted(losses(run)) == [1, 2, 3] and Reader(checkpoint.find(run)).meta.step == 3
 

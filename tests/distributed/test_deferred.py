@@ -74,6 +74,7 @@ def test_reading_later_changes_nothing(spikes, poisoned, micro_batch, shards, tm
     assert later_state == state and state["rollbacks"] == len(spikes)
     assert state["skipped_steps"] == (0 if spikes else len(poisoned)), "a rollback forgets them"
     assert all(torch.equal(later_tensors[key], tensors[key]) for key in tensors)
+    assert sorted(losses(tmp_path / "1000")) == [1, 32], "the first step is recorded at once"
     assert losses(tmp_path / "1")[32] == losses(tmp_path / "1000")[32]
     named = [tmp_path / str(every) / "nonfinite.jsonl" for every in (1, 1000)]
     first, later = (path.read_text() if path.exists() else "" for path in named)
