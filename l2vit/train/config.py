@@ -206,7 +206,7 @@ class FaultsConfig:
 @dataclass
 class LogConfig:
     every: CountOrZero = 50
-    """Optimizer steps between records; 0 for only one at the end."""
+    """Optimizer steps between records; 0 for only the first step and the last."""
     denominators_every: CountOrZero = 0
     """Steps between histograms of the linear attention's denominators; 0 for never."""
     profile_steps: tuple[Count, ...] = ()
