@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from l2vit.errors import ConfigError
@@ -70,15 +70,18 @@ def _by_parameter(
 ) -> dict[int, tuple[float, bool]]:
     """timm's groups as (factor on the rate, decays) by the parameter's identity."""
     given = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=1.0,
-        no_weight_decay_list=() if decay == "all" else tuple(given),
-        weight_decay_exclude_1d=decay != "all",
-        layer_decay=layer_decay,
+    settings: dict[str, Any] = {
+        "weight_decay": 1.0,
+        "no_weight_decay_list": () if decay == "all" else tuple(given),
+        "weight_decay_exclude_1d": decay != "all",
+    }
+    groups = (
+        param_groups_weight_decay(model, **settings)
+        if layer_decay == 1.0
+        else param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
     )
     return {
-        id(parameter): (group["lr_scale"], group["weight_decay"] > 0)
+        id(parameter): (group.get("lr_scale", 1.0), group["weight_decay"] > 0)
         for group in groups
         for parameter in group["params"]
     }
