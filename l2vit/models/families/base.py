@@ -96,6 +96,7 @@ class FamilyArguments:
             it for the sake of one interface.
         drop_rate: dropout before the classifier.
         drop_path_rate: of the last block; grows linearly from 0 over all blocks.
+        dynamic: take images of any size, in windows as trained (Swin alone).
     """
 
     img_size: int | tuple[int, int] = 224
@@ -111,6 +112,7 @@ class FamilyArguments:
     window_size: int = 7
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    dynamic: bool = False
 
     def grid(self, stage: int) -> Grid:
         """(H, W) of a stage: a quarter of the image, halved from stage to stage."""
@@ -236,16 +238,20 @@ class FamilyBackbone(Resizable, Backbone):
     """A pyramid built by its subclass's :meth:`embed` and :meth:`attend` for each stage and block.
 
     Class attributes, set by the subclasses: ``block_eps``, of the LayerNorms in blocks and between
-    stages; ``mlp_kind``; ``stage_norms``, a LayerNorm behind each stage; ``final_norm``.
+    stages; ``mlp_kind``; ``stage_norms``, a LayerNorm behind each stage; ``final_norm``;
+    ``may_be_dynamic``, for images of any size in windows as trained.
     """
 
     block_eps = 1e-5
     mlp_kind: MlpKind = "plain"
     stage_norms = False
     final_norm = True
+    may_be_dynamic = False
 
     def __init__(self, arguments: Any) -> None:
         a = arguments
+        if a.dynamic and not self.may_be_dynamic:
+            raise ValueError("dynamic: only Swin takes images of any size in windows as trained")
         blocks = linear_blocks(a.types, a.depths)
         factory = attention_factory(a.attention)
         norm = partial(nn.LayerNorm, eps=self.block_eps)

@@ -34,13 +34,19 @@ class ShiftedWindowAttention(nn.Module):
         spec: width, heads and grid; w must divide the grid unless the grid is not larger than w.
         window: w; a grid not larger takes one window, itself, without shift.
         shift: roll of the windows, 0 for none.
+        dynamic: take any grid that w divides, and shift wherever it is more than one window.
     """
 
-    def __init__(self, spec: AttentionSpec, window: int, shift: int) -> None:
+    def __init__(
+        self, spec: AttentionSpec, window: int, shift: int, *, dynamic: bool = False
+    ) -> None:
         super().__init__()
         small = min(spec.grid)
         self.window, self.shift = (small, 0) if small <= window else (window, shift)
-        if spec.grid[0] % self.window or spec.grid[1] % self.window:
+        self.dynamic = dynamic
+        if dynamic:
+            self.shift = min(shift, self.window // 2)
+        elif spec.grid[0] % self.window or spec.grid[1] % self.window:
             raise ValueError(
                 f"a window of {self.window} does not divide the grid {spec.grid}: "
                 "choose an img_size or window_size that fits"
@@ -48,28 +54,34 @@ class ShiftedWindowAttention(nn.Module):
         self.heads = spec.heads
         self.bias = RelPosBias((self.window, self.window), spec.heads)
         self.mask: Tensor | None
-        mask = shift_mask(spec.grid, self.window, self.shift) if self.shift else None
+        fixed = self.shift and not dynamic
+        mask = shift_mask(spec.grid, self.window, self.shift) if fixed else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def _scores(self, batch: int) -> Tensor:
+    def _scores(self, batch: int, grid: Grid, shift: int) -> Tensor:
         bias = self.bias.get_bias()
-        if self.mask is None:
+        if not shift:
             return bias
-        scores = bias + self.mask.to(bias.dtype)
+        mask = self.mask
+        if mask is None:
+            mask = shift_mask(grid, self.window, shift).to(bias.device)
+        scores = bias + mask.to(bias.dtype)
         return scores.expand(batch, *scores.shape).flatten(0, 1)
 
-    def _windows(self, x: Tensor, grid: Grid) -> Tensor:
+    def _windows(self, x: Tensor, grid: Grid, shift: int) -> Tensor:
         x = x.unflatten(1, grid)
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), (1, 2))
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
         return split_heads(partition(x, self.window, self.window), self.heads)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, source: Tensor) -> Tensor:
-        q, k, v = (self._windows(t, grid) for t in (q, k, v))
-        out = join_heads(softmax_attention(q, k, v, self._scores(source.shape[0])))
+        one = self.dynamic and grid == (self.window, self.window)
+        shift = 0 if one else self.shift
+        q, k, v = (self._windows(t, grid, shift) for t in (q, k, v))
+        out = join_heads(softmax_attention(q, k, v, self._scores(source.shape[0], grid, shift)))
         out = merge(out, self.window, self.window, *grid)
-        if self.shift:
-            out = out.roll((self.shift, self.shift), (1, 2))
+        if shift:
+            out = out.roll((shift, shift), (1, 2))
         return out.flatten(1, 2)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
