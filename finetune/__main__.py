@@ -12,6 +12,8 @@ COMMANDS = {
     "evaluate": ("finetune.evaluate", "exact accuracy on shards or folders of pictures"),
     "export": ("finetune.export_timm", "a directory timm loads, proven to be the same model"),
     "look": ("finetune.look", "Grad-CAM, attention maps and clamped denominators as pictures"),
+    "detect": ("finetune.detect", "score, predict with, describe and export detectors"),
+    "segment": ("finetune.segment", "score, predict with, describe and export segmentors"),
 }
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from l2vit import files
 from l2vit.errors import UserError
 
+NO_CATEGORY = -1
+"""A class of a model that a json does not know: its detections do not count."""
 MIN_SIDE = 32
 """Pictures with a side below are not trained on."""
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -314,7 +316,7 @@ def results(image_id: int, found: Mapping[str, Any], categories: Sequence[int]) 
     Args:
         image_id: the picture's id in the json.
         found: ``boxes``, ``scores``, ``labels`` from 0, and ``masks`` (N, H, W) where there are.
-        categories: category id of each class.
+        categories: category id of each class, or ``NO_CATEGORY``.
     """
     masks: list[Any] = [None] * len(found["scores"])
     if "masks" in found:
@@ -322,6 +324,8 @@ def results(image_id: int, found: Mapping[str, Any], categories: Sequence[int]) 
     entries = []
     columns = (found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), masks)
     for (left, top, right, bottom), score, label, mask in zip(*columns, strict=True):
+        if categories[label] == NO_CATEGORY:
+            continue
         entry = {
             "image_id": image_id,
             "category_id": categories[label],

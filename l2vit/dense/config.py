@@ -15,8 +15,11 @@ class DetectorConfig:
     name: str
     """The backbone: a name timm knows after ``import l2vit``."""
     head: Literal["retinanet", "mask_rcnn"] = "mask_rcnn"
+    """The detector around the backbone."""
     drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; grows linearly from 0."""
     window_size: int = 7
+    """Windows of the backbone; what they do not divide is padded."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the backbone's constructor."""
     fpn_channels: int = 256
@@ -32,12 +35,17 @@ class SegmentorConfig:
     name: str
     """The backbone: a name timm knows after ``import l2vit``."""
     head: Literal["upernet"] = "upernet"
+    """The decoder around the backbone."""
     drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; grows linearly from 0."""
     window_size: int = 7
+    """Windows of the backbone; what they do not divide is padded."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the backbone's constructor."""
     head_channels: int = 512
+    """Of the decoder."""
     auxiliary_channels: int = 256
+    """Of the auxiliary head on stage 3."""
     head_norm: Literal["sync", "batch"] = "sync"
     """BatchNorm of decoder and heads: over all ranks' images (GPUs only), or each rank's own."""
 
@@ -49,9 +57,13 @@ class CocoConfig:
     root: str = ""
     """Holds annotations/instances_{train,val}2017.json, train2017 and val2017."""
     train_json: str = ""
+    """Annotations to train on; empty: those under ``root``."""
     train_images: str = ""
+    """Folder of the pictures to train on; empty: ``root``/train2017."""
     val_json: str = ""
+    """Annotations to evaluate on; empty: those under ``root``."""
     val_images: str = ""
+    """Folder of the pictures to evaluate on; empty: ``root``/val2017."""
     group: int = 2
     """Pictures of one orientation that stay together; must divide the micro-batch."""
     threads: int = 4
@@ -89,10 +101,15 @@ class ScenesConfig:
     root: str = ""
     """Holds images/ and annotations/, each with training and validation."""
     train_images: str = ""
+    """Folder of the pictures to train on; empty: the one under ``root``."""
     train_labels: str = ""
+    """Folder of their label maps; empty: the one under ``root``."""
     val_images: str = ""
+    """Folder of the pictures to evaluate on; empty: the one under ``root``."""
     val_labels: str = ""
+    """Folder of their label maps; empty: the one under ``root``."""
     classes: int = 150
+    """Number of classes."""
     zero_is_other: bool = True
     """Label 0 means "other" and is ignored; 1 to ``classes`` become 0 to ``classes`` - 1. Else
     labels are 0 to ``classes`` - 1, and 255 is ignored."""
@@ -133,6 +150,7 @@ class DetectAugmentConfig:
     """Training pictures of detection."""
 
     flip: float = 0.5
+    """Probability of a left-right flip."""
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
     """One of these is drawn for the shorter side, ..."""
     long_side: int = 1333
@@ -140,10 +158,13 @@ class DetectAugmentConfig:
     crop: float = 0.5
     """How often a picture is resized to one of ``crop_short_sides`` and cropped first."""
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    """Shorter sides to draw from before a crop."""
     crop_sides: tuple[int, int] = (384, 600)
     """Smallest and largest side of a crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel, from 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel."""
 
     def validate(self) -> None:
         for name in ("flip", "crop"):
@@ -161,16 +182,21 @@ class SegmentAugmentConfig:
     scale: tuple[float, float] = (0.5, 2.0)
     """Range of the factor on both sides below."""
     short_side: int = 512
+    """Limit of the shorter side, in pixels, times the factor."""
     long_side: int = 2048
+    """Limit of the longer side, in pixels, times the factor."""
     crop: int = 512
     """Side of the square that is cut out, and padded to where a picture is smaller."""
     largest_class: float = 0.75
     """A crop is drawn again, up to 10 times, while one class has this share of its labels."""
     flip: float = 0.5
+    """Probability of a left-right flip."""
     colour: bool = True
     """Change brightness, contrast, saturation and hue."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel, from 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel."""
 
     def validate(self) -> None:
         if not 0 <= self.flip <= 1:
@@ -186,7 +212,9 @@ class DetectEvalConfig:
     every: str = "1 epochs"
     """Empty: never. The last step is always evaluated."""
     short_side: int = 800
+    """The shorter side in pixels, ..."""
     long_side: int = 1333
+    """... unless the longer one would be longer than this."""
 
 
 @dataclass
@@ -194,8 +222,11 @@ class SegmentEvalConfig:
     every: str = "16000 steps"
     """Empty: never. The last step is always evaluated."""
     short_side: int = 512
+    """Limit of the shorter side in pixels."""
     long_side: int = 2048
+    """Limit of the longer side in pixels."""
     mode: Literal["whole", "slide"] = "whole"
+    """The whole picture at once, or overlapping windows whose answers are averaged."""
     crop: int = 512
     """Side of the sliding window."""
     stride: int = 341

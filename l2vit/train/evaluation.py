@@ -159,6 +159,9 @@ class Evaluator:
         engine.module.train()
         return values
 
+    def picture(self) -> None:
+        """Nothing to draw: an answer is a class."""
+
     def close(self) -> None:
         """Release the loaders."""
         for each in self._sets:

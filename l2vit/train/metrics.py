@@ -92,6 +92,11 @@ class Metrics:
             self._pictured = True
             self._draw("add_image", "train/pictures", make(), step, dataformats="HWC")
 
+    def picture(self, step: int, key: str, pixels: Any) -> None:
+        """Show TensorBoard an (H, W, 3) picture of bytes; None shows nothing."""
+        if pixels is not None:
+            self._draw("add_image", key, pixels, step, dataformats="HWC")
+
     def sync(self) -> None:
         """Put the records on the disk: a checkpoint must not outlive the records it covers."""
         if self._stream is not None:

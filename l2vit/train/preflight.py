@@ -25,6 +25,7 @@ from l2vit.errors import UserError
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.provenance import git_commit, versions
+from l2vit.train.tasks import DEFAULT
 
 CLOCK_SECONDS = 2.0
 """Clocks that differ by more make logs unreadable and confuse some file servers."""
@@ -83,7 +84,8 @@ def _same(config: TrainConfig) -> dict[str, str]:
     found = dict(versions())
     found["code"] = git_commit()
     found["configuration"] = hashlib.sha256(configuration.dump(config).encode()).hexdigest()[:12]
-    found["manifest"] = manifest_hash(config.data.train)
+    if config.task == DEFAULT:
+        found["manifest"] = manifest_hash(config.data.train)
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -96,6 +96,9 @@ class Evaluator(Protocol):
         Draws no random number and leaves the model in training mode.
         """
 
+    def picture(self) -> np.ndarray | None:
+        """Answers of the last evaluation drawn on pictures, (H, W, 3) bytes, if there are any."""
+
     def close(self) -> None:
         """End what works ahead."""
 

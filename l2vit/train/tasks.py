@@ -37,7 +37,35 @@ def _classification(settings: TrainConfig) -> Task[Any]:
     return Classification(settings)
 
 
-_KINDS = {DEFAULT: Kind(lambda: TrainConfig, _classification)}
+def _detection_settings() -> type[TrainConfig]:
+    from l2vit.train.dense_config import DetectConfig
+
+    return DetectConfig
+
+
+def _detection(settings: Any) -> Task[Any]:
+    from l2vit.train.detection import Detection
+
+    return Detection(settings)
+
+
+def _segmentation_settings() -> type[TrainConfig]:
+    from l2vit.train.dense_config import SegmentConfig
+
+    return SegmentConfig
+
+
+def _segmentation(settings: Any) -> Task[Any]:
+    from l2vit.train.segmentation import Segmentation
+
+    return Segmentation(settings)
+
+
+_KINDS = {
+    DEFAULT: Kind(lambda: TrainConfig, _classification),
+    "detect": Kind(_detection_settings, _detection),
+    "segment": Kind(_segmentation_settings, _segmentation),
+}
 
 
 def names() -> tuple[str, ...]:
