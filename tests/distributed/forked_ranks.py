@@ -50,6 +50,12 @@ def free_port():
             return port
 
 
+def store_settings():
+    """Keys and address of an object store, which the fork server began too early to know."""
+    names = (name for name in os.environ if name.startswith(("AWS_", "FSSPEC_")))
+    return {name: os.environ[name] for name in names}
+
+
 class Ranks:
     """``size`` processes that run ``function``; see the module's docstring."""
 
@@ -67,6 +73,7 @@ class Ranks:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 "DS_ACCELERATOR": "cpu",
+                **store_settings(),
                 **(environment or {}),
             }
             variables = {name: str(value) for name, value in variables.items()}
