@@ -4,11 +4,12 @@
 # with whatever is not finished, within a training run too.
 #
 #   IN22K=/archives/winter21_whole.tar.gz IN1K=/archives/ILSVRC2012 OUT=/big/disk \
-#     bash launch/run_all.sh [flags of launch/pretrain.sh, such as --hostfile F --max-restarts 5]
+#     bash launch/run_all.sh [flags of launch/pretrain.sh, such as --hostfile F --max-restarts 5] \
+#       [-- key.sub=value "schedule.length=30 epochs" ...]     (settings of all training runs)
 #
 # IN22K  the ImageNet-22k archive or directory      IN1K  directory with the ImageNet-1k archives
 # OUT    everything made (default runs/all)         STAGES  which of them (default: all)
-# PRETRAIN, FINETUNE_224, FINETUNE_384   other configurations    OVERRIDES   key.sub=value for all
+# PRETRAIN, FINETUNE_224, FINETUNE_384   other configurations    OVERRIDES   more settings, one a line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
@@ -16,7 +17,10 @@ python=$(find_python "$PWD")
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 out=${OUT:-runs/all}
 stages=${STAGES:-shards22k shards1k pretrain finetune224 finetune384 export224 export384}
-read -ra overrides <<<"${OVERRIDES:-}"
+flags=() overrides=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do flags+=("$1"); shift; done
+[ $# -eq 0 ] || { shift; overrides=("$@"); }
+while IFS= read -r line; do [ -z "$line" ] || overrides+=("$line"); done <<<"${OVERRIDES:-}"
 need() { [ -n "${!1:-}" ] || { echo "run_all.sh: error: set $1 ($2)" >&2; exit 2; }; }
 say() { printf '\n== %s  (%s)\n' "$1" "$(date '+%F %T')"; }
 
@@ -54,7 +58,6 @@ export_timm() {
 stage_export224() { export_timm 224; }
 stage_export384() { export_timm 384; }
 
-flags=("$@")
 mkdir -p "$out/finished"
 for stage in $stages; do
   declare -F "stage_$stage" >/dev/null || { echo "run_all.sh: error: no stage $stage" >&2; exit 2; }

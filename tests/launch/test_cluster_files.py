@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,45 +70,64 @@ def test_kubernetes_manifest():
 
 SRUN = """#!/bin/bash
 echo "$@" >> "$CALLS"
-trap 'exit 75' TERM
+trap 'exit 75' USR1
 [ -n "$SRUN_STATUS" ] && exit "$SRUN_STATUS"
 kill -USR1 $PPID
 while :; do sleep 0.05; done
 """
 SCONTROL = """#!/bin/bash
-[ "$1" = show ] && { echo node7; echo node8; exit; }
-echo "scontrol $@" >> "$CALLS"
+case "$1 $2" in
+"show hostnames") echo node7; echo node8;;
+"show node") echo "   NodeAddr=10.0.0.7 NodeHostName=node7";;
+"--oneliner show") echo "JobId=4711 JobState=$STATE";;
+*) echo "scontrol $@" >> "$CALLS";;
+esac
 """
+SLURM_CASES = [
+    ("0", "RUNNING", 0, True),  # status 0 without DONE is a failure
+    ("1", "RUNNING", 1, True),
+    ("2", "RUNNING", 2, False),
+    ("1", "CANCELLED", 1, False),
+    ("", "RUNNING", 75, True),
+    ("", "COMPLETING", 75, False),
+]
 
 
-@pytest.mark.parametrize(
-    ("ends", "status", "requeued"), [("0", 0, False), ("1", 1, False), ("", 75, True)]
-)
-def test_slurm_job_saves_and_queues_again_when_warned(tmp_path, ends, status, requeued):
-    """Slurm's tools pretended: the warning signal comes while the ranks run."""
+@pytest.mark.parametrize(("ends", "state", "status", "requeued"), SLURM_CASES)
+def test_slurm_job_queues_again_what_another_start_may_help(
+    tmp_path, ends, state, status, requeued
+):
+    """Slurm's tools pretended; without a status the warning comes while the ranks run."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    calls = tmp_path / "calls"
+    calls, config_file = tmp_path / "calls", tmp_path / "a b.yaml"
+    config_file.write_text(
+        f"run: {{dir: '{tmp_path}/run'}}\nmodel: {{name: l2vit_mini}}\n"
+        "schedule: {global_batch: 8}\n"
+    )
+    (tmp_path / "run").mkdir()
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "CALLS": str(calls),
         "SRUN_STATUS": ends,
+        "STATE": state,
+        "VIRTUAL_ENV": sys.prefix,
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[7-8]",
     }
     script = LAUNCH / "slurm" / "pretrain.sbatch"
     done = subprocess.run(
-        ["bash", str(script), "--config", "a b.yaml"],
+        ["bash", str(script), "--config", str(config_file), "about.paper=a  b"],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == status, done.stderr
     told = calls.read_text()
-    assert "bash launch/pretrain.sh --config a b.yaml" in told
-    assert ("scontrol requeue 4711" in told) is requeued
+    assert f"bash launch/pretrain.sh --config {config_file} about.paper=a  b" in told
+    assert ("scontrol requeue 4711" in told) is requeued, done.stdout + done.stderr
 
 
 def test_slurm_headers():
@@ -119,6 +139,7 @@ def test_slurm_headers():
 
 PRETENDED = """#!/bin/bash
 echo "$@" >> "$CALLS"
+printf '<%s>' "$@" >> "$CALLS.words"
 case "$*" in *$FAIL_AT*) exit 75;; esac
 """
 
@@ -136,11 +157,13 @@ def test_run_all_continues_at_the_stage_that_stopped(tmp_path):
         program.chmod(0o755)
     calls, out = tmp_path / "calls", tmp_path / "out"
     environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "venv"), "CALLS": str(calls)}
+    environment |= {"OVERRIDES": "ema.decay=0.9\nabout.expected=two words"}
     environment |= {"IN22K": "/a/in22k.tar", "IN1K": "/a/in1k", "OUT": str(out)}
 
     def run(fail_at: str) -> tuple[int, list[str]]:
         calls.write_text("")
         command = ["bash", str(tmp_path / "launch" / "run_all.sh"), "--max-restarts", "3"]
+        command += ["--", "schedule.length=30 epochs", "about.paper=a;b *"]
         done = subprocess.run(
             command, env=environment | {"FAIL_AT": fail_at}, capture_output=True, text=True
         )
@@ -149,6 +172,9 @@ def test_run_all_continues_at_the_stage_that_stopped(tmp_path):
     status, told = run("in22k_base.yaml")
     assert status == 75 and len(told) == 4
     assert "--max-restarts 3 --config pretrain/configs/in22k_base.yaml" in told[-1]
+    words = (tmp_path / "calls.words").read_text()
+    given = "<schedule.length=30 epochs><about.paper=a;b *><ema.decay=0.9>"
+    assert words.endswith(given + "<about.expected=two words>")
     status, told = run("in22k_in1k_base_384")
     assert status == 75
     assert [line.split("--config ")[1].split()[0] for line in told] == [
