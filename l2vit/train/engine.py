@@ -112,7 +112,7 @@ class Engine:
         use_foreach(self._zero)
         self._flats = zero.flat_masters(self._zero)
         self._states = list(zero.moments(self._zero.optimizer, self._flats))
-        self.fragments = zero.own_fragments(self.module, self._zero, world.rank)
+        self.zero_shards = zero.own_shards(self.module, self._zero, world.rank)
         # DeepSpeed made its masters from weights already rounded to bf16.
         self._fill(self._flats, "param", _from_tensors(masters))
         self.ema: Ema | None = None
@@ -177,7 +177,7 @@ class Engine:
         """Take masters, moments and averages from ``read``; the model computes with them at once.
 
         Args:
-            read: gives a run of ``param/NAME``, ``moment1/NAME``, ... as the fragments ask.
+            read: gives a run of ``param/NAME``, ``moment1/NAME``, ... as the shards ask.
             moments: also the optimizer's moments.
             ema: also the moving average; without, it restarts from the masters.
         """
@@ -196,15 +196,15 @@ class Engine:
         self._publish(self._flats)
 
     def tensors(self) -> Iterator[tuple[str, ZeroShard, torch.Tensor]]:
-        """Views of this rank's state: (``param/NAME``, its fragment, 1-D fp32 elements)."""
+        """Views of this rank's state: (``param/NAME``, its shard, 1-D fp32 elements)."""
         kinds = {"param": self._flats}
         for key, state in MOMENTS.items():
             kinds[key] = [held[state] for held in self._states]
         if self.ema is not None:
             kinds["ema"] = self.ema.averages
         for kind, flats in kinds.items():
-            for fragment in self.fragments:
-                yield f"{kind}/{fragment.name}", fragment, fragment.of(flats)
+            for shard in self.zero_shards:
+                yield f"{kind}/{shard.name}", shard, shard.of(flats)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """``buffer/NAME`` and ``ema/NAME`` of the buffers, on the device."""
@@ -278,9 +278,9 @@ class Engine:
 
     @torch.no_grad()
     def _fill(self, flats: list[torch.Tensor], kind: str, read: Reader) -> None:
-        for fragment in self.fragments:
-            source = read(f"{kind}/{fragment.name}", fragment.start, fragment.numel)
-            fragment.of(flats).copy_(source)
+        for shard in self.zero_shards:
+            source = read(f"{kind}/{shard.name}", shard.start, shard.numel)
+            shard.of(flats).copy_(source)
 
     @torch.no_grad()
     def _publish(self, flats: list[torch.Tensor]) -> None:
@@ -289,9 +289,9 @@ class Engine:
         sizes = [_numel(parameter) for parameter in named.values()]
         whole = torch.zeros(sum(sizes), dtype=self.dtype, device=self.world.device)
         parts = dict(zip(named, whole.split(sizes), strict=True))
-        for fragment in self.fragments:
-            run = parts[fragment.name].narrow(0, fragment.start, fragment.numel)
-            run.copy_(fragment.of(flats))
+        for shard in self.zero_shards:
+            run = parts[shard.name].narrow(0, shard.start, shard.numel)
+            run.copy_(shard.of(flats))
         if self.world.size > 1:
             dist.all_reduce(whole)  # every element comes from one rank; the others add 0
         for name, parameter in named.items():

@@ -118,8 +118,8 @@ class Saver:
     def _copy(self, engine: Engine) -> list[tuple[TensorSlice, torch.Tensor]]:
         """This rank's tensors on the host; rank 0 takes the buffers, equal on all ranks."""
         copies = []
-        for key, fragment, view in engine.tensors():
-            piece = TensorSlice(key, fragment.shape, fragment.start, fragment.numel)
+        for key, shard, view in engine.tensors():
+            piece = TensorSlice(key, shard.shape, shard.start, shard.numel)
             copies.append((piece, _to_host(view)))
         if self.world.main:
             for key, buffer in engine.buffers().items():

@@ -1,8 +1,8 @@
 """Where each parameter's fp32 master and moments lie in this rank's ZeRO partition.
 
 ZeRO flattens parameters and gives every rank a part of the flat tensor, so a rank owns at most
-one contiguous run of each parameter's elements: a *fragment*. Everything that must not know of
-stages or ranks (checkpoints, initial weights, the moving average) goes through fragments.
+one contiguous run of each parameter's elements: a *shard*. Everything that must not know of
+stages or ranks (checkpoints, initial weights, the moving average) goes through shards.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class ZeroShard:
 
 
 def flat_masters(zero: Any) -> list[torch.Tensor]:
-    """The flat fp32 tensors this rank's optimizer steps, in the order fragments count them."""
+    """The flat fp32 tensors this rank's optimizer steps, in the order shards count them."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3 empties its param_groups
         return list(zero.fp32_partitioned_groups_flat)
     return [tensor for group in zero.optimizer.param_groups for tensor in group["params"]]
 
 
-def own_fragments(model: nn.Module, zero: Any, rank: int) -> list[ZeroShard]:
-    """This rank's fragments of the trainable parameters of ``model``.
+def own_shards(model: nn.Module, zero: Any, rank: int) -> list[ZeroShard]:
+    """This rank's shards of the trainable parameters of ``model``.
 
     Args:
         model: the module DeepSpeed wraps.

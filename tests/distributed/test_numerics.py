@@ -141,8 +141,8 @@ def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.
 
 
 def assemble(world, engine):
-    """Whole tensors by key, put together from the fragments of all ranks."""
-    own = [(key, fragment.start, view.clone()) for key, fragment, view in engine.tensors()]
+    """Whole tensors by key, put together from the shards of all ranks."""
+    own = [(key, shard.start, view.clone()) for key, shard, view in engine.tensors()]
     parts = {}
     everywhere = [piece for rank in world.gather(own) for piece in rank]
     for key, _, values in sorted(everywhere, key=lambda piece: piece[:2]):
