@@ -296,3 +296,13 @@ def test_an_undamaged_label_out_of_range_stops_at_once(tmp_path, pictures, backe
     manifest.save(shards.directory)
     with pytest.raises(UserError, match=r"^\S+ sample \d+: label 9 is out of range for the 9 cl"):
         epochs(make(dataclasses.replace(shards, manifest=manifest), backend, threads=threads))
+
+
+def test_indexes_are_kept_within_their_memory(shards, monkeypatch):
+    """13 samples take 52 bytes and as many again for checksums: two indexes of five fit."""
+    monkeypatch.setattr("l2vit.data.shards._INDEX_BYTES", 250)
+    reader = ShardReader(shards.directory, shards.manifest)
+    for sample in np.random.default_rng(1).permutation(60).tolist():
+        assert reader.read(sample).image == shards.images[sample]
+        assert len(reader._indexes) <= 2
+        assert reader._index_bytes == sum(index.bytes for index in reader._indexes.values())
