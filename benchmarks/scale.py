@@ -77,10 +77,10 @@ def simulate_order(manifest: Manifest, ranks: int, batch: int, chunk: int) -> di
     seen = np.bincount(ids, minlength=manifest.samples)
     micro = batch // ranks
     shares = [Share(rank, split(batch, world=ranks, micro_batch=micro)) for rank in range(ranks)]
-    places = np.concatenate([s.places(a) for s in shares for a in range(s.accumulation)])
+    places = np.concatenate([s.places(a) for s in shares for a in range(s.split.accumulation)])
     plan = TrainPlanner(order, shares[-1], images_seen=batch * (order.steps_per_epoch // 2))
     began = time.perf_counter()
-    plan.work(0)
+    plan.plan(0)
     resume = time.perf_counter() - began
     return {
         "order_seconds": seconds,

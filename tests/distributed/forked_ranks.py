@@ -28,6 +28,8 @@ import time
 import traceback
 from pathlib import Path
 
+import fsspec.config
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preloaded"])
 _HERE = str(Path(__file__).parent)
@@ -135,6 +137,7 @@ def _run(function, args, variables, directory, rank, raw):
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # it read the environment when it was imported
     # A server that the loader's workers were forked from first began with signals blocked.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     import torch

@@ -67,9 +67,13 @@ class SoftmaxAttention(nn.Module):
 
 
 class EnhancedAttention(nn.Module):
-    """L²ViT's enhanced linear attention (see :class:`l2vit.models.l2vit.LinearAttention`)."""
+    """L²ViT's enhanced linear attention (see :class:`l2vit.models.l2vit.LinearAttention`).
+
+    With ``order`` set to qk it multiplies q kᵀ first: the same result.
+    """
 
     clamp = 100.0
+    order = "kv"
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
@@ -81,7 +85,10 @@ class EnhancedAttention(nn.Module):
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         if self.observer is not None:
             self.observer(reference.linear_attention_denominators(q.detach(), k.detach()))
-        return join_heads(reference.linear_attention(q, k, v, self.scale, self.clamp))
+        qk_first = self.order == "qk"
+        return join_heads(
+            reference.linear_attention(q, k, v, self.scale, self.clamp, qk_first=qk_first)
+        )
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Rows sum to s where the clamp does not act, else to less."""

@@ -106,7 +106,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (C, 1, k, k) with k odd.
         bias: (C,) or None.
     """
-    triton = weight.shape[3] in _TRITON_KERNEL_SIZES and gpu.may_run("depthwise", x)
+    # torch.jit.trace, in which no kernel may run, must not see sizes compared.
+    triton = gpu.may_run("depthwise", x) and weight.shape[3] in _TRITON_KERNEL_SIZES
     if not triton and not cpu.prefers_columns(x, weight):
         return reference.depthwise_conv(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
