@@ -139,5 +139,11 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def begin_now(self, job: str) -> None:
-        """A requeued job waits two minutes by itself; not here."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """A requeued job waits two minutes by itself; here a few seconds.
+
+        At once would be too early: its nodes refuse the credential of the start that just ended.
+        """
+        state = self.state(job)
+        if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+            time.sleep(4.0)
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
