@@ -323,7 +323,9 @@ def _unscaled_rate(config: TrainConfig) -> list[str]:
 
 
 def _left_out(order: Order) -> str:
-    """What an epoch drops: never silently."""
+    """What an epoch drops or repeats: never silently."""
     rest = order.samples - order.steps_per_epoch * order.global_batch
     every = f"{order.samples:,} samples, each once an epoch"
+    if rest < 0:
+        return every + f", and {-rest:,} of them again to fill the last batch"
     return every + (f", but for {rest:,} left out, other ones in each" if rest else "")
