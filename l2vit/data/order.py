@@ -46,6 +46,22 @@ class _EpochPlan:
     """(chunks,) int64: running total of samples after each chunk."""
 
 
+def locate(images_seen: int, global_batch: int, steps_per_epoch: int) -> tuple[int, int]:
+    """(epoch, first position in it) of the step that starts after ``images_seen`` images.
+
+    Raises:
+        UserError: not a multiple of the global batch (the run had another one).
+    """
+    step, rest = divmod(images_seen, global_batch)
+    if rest:
+        raise UserError(
+            f"cannot continue at {images_seen} images: not a multiple of the global batch"
+            f" {global_batch}; continue with the global batch the run began with"
+        )
+    epoch, step = divmod(step, steps_per_epoch)
+    return epoch, step * global_batch
+
+
 class SampleOrder:
     """The one global order of a run.
 
@@ -118,14 +134,7 @@ class SampleOrder:
         Raises:
             UserError: not a multiple of the global batch (the run had another one).
         """
-        step, rest = divmod(images_seen, self.global_batch)
-        if rest:
-            raise UserError(
-                f"cannot continue at {images_seen} images: not a multiple of the global batch"
-                f" {self.global_batch}; continue with the global batch the run began with"
-            )
-        epoch, step = divmod(step, self.steps_per_epoch)
-        return epoch, step * self.global_batch
+        return locate(images_seen, self.global_batch, self.steps_per_epoch)
 
     def batch_ids(self, images_seen: int) -> np.ndarray:
         """(global_batch,) int64 ids of the step that starts after ``images_seen`` images."""

@@ -6,8 +6,9 @@ import hashlib
 
 import numpy as np
 
+from l2vit.data.order import locate
 from l2vit.data.rng import derive_key, permutation
-from l2vit.errors import ConfigError, UserError
+from l2vit.errors import ConfigError
 
 
 class GroupedOrder:
@@ -87,14 +88,7 @@ class GroupedOrder:
         Raises:
             UserError: not a multiple of the global batch.
         """
-        step, rest = divmod(images_seen, self.global_batch)
-        if rest:
-            raise UserError(
-                f"cannot continue at {images_seen} images: not a multiple of the global batch"
-                f" {self.global_batch}; continue with the global batch the run began with"
-            )
-        epoch, step = divmod(step, self.steps_per_epoch)
-        return epoch, step * self.global_batch
+        return locate(images_seen, self.global_batch, self.steps_per_epoch)
 
     def batch_ids(self, images_seen: int) -> tuple[int, np.ndarray]:
         """The epoch, and the (global_batch,) pictures, of the step after ``images_seen``."""
