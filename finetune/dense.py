@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from l2vit import cli, config, files
 from l2vit.dense import inference
 from l2vit.dense.transforms import read_picture
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import dense_weights
-from l2vit.train.dense_config import DetectConfig, SegmentConfig
+from l2vit.train import dense_weights, tasks
 from l2vit.train.dense_weights import DenseWeights
 from l2vit.train.detection import make_network as make_detector
 from l2vit.train.distributed import World, from_environment, start
@@ -31,10 +31,17 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _PROVEN_ON = 2
 
 
+def add_model(to: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    """Add the options that name a model, its weights and a device to the subcommand ``run``."""
+    to.set_defaults(run=run)
+    to.add_argument("--model", type=Path, required=True, help="a run, checkpoint or export")
+    to.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    to.add_argument("--device", default="", help="default: the GPU where there is one")
+
+
 def settings_of(source: DenseWeights) -> Any:
     """The configuration a model was trained with, as its class."""
-    schema = {"detect": DetectConfig, "segment": SegmentConfig}[source.task]
-    return config.from_tree(schema, source.settings)
+    return config.from_tree(tasks.kind(source.task).settings(), source.settings)
 
 
 def build(source: DenseWeights, device: torch.device) -> nn.Module:

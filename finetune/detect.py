@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchvision.io import write_png
@@ -44,12 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("python -m finetune.detect", __doc__ or "")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     each = commands.add_parser("evaluate", help="COCO's figures on a json and its pictures")
-    _add_model(each, _evaluate)
+    dense.add_model(each, _evaluate)
     each.add_argument("--data", type=Path, help="COCO-style json; default: the run's own val set")
     each.add_argument("--images", type=Path, help="folder of its pictures")
     each.add_argument("--out", type=Path, required=True, help="bbox.json, metrics.json, ...")
     each = commands.add_parser("predict", help="draw boxes, masks and names on pictures")
-    _add_model(each, _predict)
+    dense.add_model(each, _predict)
     each.add_argument("--images", type=Path, required=True, help="a folder or a picture")
     each.add_argument("--out", type=Path, required=True, help="folder for the drawings")
     each.add_argument("--least", type=float, default=0.3, help="lowest score drawn (0.3)")
@@ -59,16 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--json", default="", metavar="FILE", help="one line of JSON; - prints it")
     each.add_argument("--classes", type=int, default=_COCO_CLASSES, help="kinds of objects (80)")
     each = commands.add_parser("export", help="weights, settings, card and proof in a folder")
-    _add_model(each, _export)
+    dense.add_model(each, _export)
     each.add_argument("--out", type=Path, required=True)
     return parser
-
-
-def _add_model(to: argparse.ArgumentParser, run: Any) -> None:
-    to.set_defaults(run=run)
-    to.add_argument("--model", type=Path, required=True, help="a run, checkpoint or export")
-    to.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    to.add_argument("--device", default="", help="default: the GPU where there is one")
 
 
 # -- evaluate

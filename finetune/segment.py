@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("python -m finetune.segment", __doc__ or "")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     each = commands.add_parser("evaluate", help="mean IoU on pictures with label maps")
-    _add_model(each, _evaluate)
+    dense.add_model(each, _evaluate)
     each.add_argument("--images", type=Path, help="pictures; default: the run's own val set")
     each.add_argument("--labels", type=Path, help="folder of their label maps")
     each.add_argument("--out", type=Path, required=True, help="folder for metrics.json")
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save-labels", action="store_true", help="answers as PNG, classes from 1 as ADE20K's"
     )
     each = commands.add_parser("predict", help="colour pictures by class")
-    _add_model(each, _predict)
+    dense.add_model(each, _predict)
     each.add_argument("--images", type=Path, required=True, help="a folder or a picture")
     each.add_argument("--out", type=Path, required=True, help="folder for the drawings")
     each = commands.add_parser("describe", help="parameters and operations of a configuration")
@@ -62,16 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     each.set_defaults(run=_describe)
     each.add_argument("--json", default="", metavar="FILE", help="one line of JSON; - prints it")
     each = commands.add_parser("export", help="weights, settings, card and proof in a folder")
-    _add_model(each, _export)
+    dense.add_model(each, _export)
     each.add_argument("--out", type=Path, required=True)
     return parser
-
-
-def _add_model(to: argparse.ArgumentParser, run: Any) -> None:
-    to.set_defaults(run=run)
-    to.add_argument("--model", type=Path, required=True, help="a run, checkpoint or export")
-    to.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    to.add_argument("--device", default="", help="default: the GPU where there is one")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

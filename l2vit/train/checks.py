@@ -13,9 +13,8 @@ from pathlib import Path
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
 from l2vit.data.storage import is_remote
 from l2vit.errors import ConfigError, UserError
+from l2vit.train import tasks
 from l2vit.train.config import TrainConfig
-
-CLASSIFY = "classify"
 
 
 def check(settings: TrainConfig) -> None:
@@ -25,7 +24,7 @@ def check(settings: TrainConfig) -> None:
         ConfigError: a setting; the message begins with its whole key.
         UserError: shards that are damaged or not there.
     """
-    if settings.task == CLASSIFY:
+    if settings.task == tasks.DEFAULT:
         manifest = _training_data(settings)
         _steps(settings, manifest)
         _evaluation_data(settings, manifest)
@@ -122,8 +121,6 @@ def _first_weights(settings: TrainConfig) -> None:
 def _network(settings: TrainConfig) -> None:
     """Build it from shapes alone: the name, arguments and evaluation sizes must be possible."""
     import torch
-
-    from l2vit.train import tasks
 
     with _keys_named(), torch.device("meta"):
         tasks.kind(settings.task).make(settings).network()

@@ -96,6 +96,25 @@ class _Set:
     """Which logits are this set's classes; None if they are the training classes."""
 
 
+def raw_and_average(engine: Engine, measure: Callable[[str], dict[str, float]]) -> dict[str, float]:
+    """Figures of the raw weights and, where there is one, of the average; training undisturbed.
+
+    BatchNorm statistics become the mean over ranks first.
+
+    Args:
+        engine: holds both; its module is in eval mode inside and in training mode afterwards.
+        measure: takes what the names of sets end in, ``""`` or ``"_ema"``; gives figures by name.
+    """
+    engine.average_buffers()
+    engine.module.eval()
+    values = measure("")
+    if engine.ema is not None:
+        with engine.averaged_weights():
+            values |= measure("_ema")
+    engine.module.train()
+    return values
+
+
 class Evaluator:
     """The evaluation sets of a run: ``data.val`` under the name val, and ``eval.extra``."""
 
@@ -150,14 +169,7 @@ class Evaluator:
         """
         if not self._sets:
             return {}
-        engine.average_buffers()
-        engine.module.eval()
-        values = self._measure(engine, "")
-        if engine.ema is not None:
-            with engine.averaged_weights():
-                values |= self._measure(engine, "_ema")
-        engine.module.train()
-        return values
+        return raw_and_average(engine, lambda suffix: self._measure(engine, suffix))
 
     def picture(self) -> None:
         """Nothing to draw: an answer is a class."""

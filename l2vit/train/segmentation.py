@@ -28,6 +28,7 @@ from l2vit.train import dense_weights
 from l2vit.train.dense_config import SegmentConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
+from l2vit.train.evaluation import raw_and_average
 from l2vit.train.task import Evaluator, Loader, Report, TrainBatch, TrainingData
 
 _SHOWN = 6
@@ -185,14 +186,10 @@ class SegmentationEvaluator:
         """``val/mIoU`` and so on with the raw weights, ``val_ema/...`` with the average."""
         if self._set is None:
             return {}
-        engine.average_buffers()
-        engine.module.eval()
-        values = self._measure(engine.module, self._set, "val")
-        if engine.ema is not None:
-            with engine.averaged_weights():
-                values |= self._measure(engine.module, self._set, "val_ema")
-        engine.module.train()
-        return values
+        data = self._set
+        return raw_and_average(
+            engine, lambda suffix: self._measure(engine.module, data, f"val{suffix}")
+        )
 
     def picture(self) -> np.ndarray | None:
         """The first pictures with what was found in them at the last evaluation."""
