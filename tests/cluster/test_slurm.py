@@ -10,6 +10,7 @@ import pytest
 import slurm
 import small_runs
 import torch
+from miniature import MINIATURE, equal
 
 from l2vit.launch import processes
 from l2vit.train import checkpoint
@@ -20,8 +21,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing()),
 ]
-SMALL = {"model__name": "l2vit_mini", "model__window_size": 4, "model__drop_path_rate": 0.1}
-SMALL |= {"data__input_size": 32, "eval__every": "100000 steps", "schedule__length": "60 steps"}
 OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -42,7 +41,7 @@ class Submitted:
 
     def __init__(self, cluster: slurm.Slurm, run: Path, shards: Path, *arguments: str):
         self.cluster, self.run, self.log = cluster, run, run.with_suffix(".log")
-        config = small_runs.settings(shards, run, **SMALL)
+        config = small_runs.settings(shards, run, **MINIATURE)
         command = ["sbatch", "--parsable", *OPTIONS, f"--output={self.log}", "--time=30"]
         command += [str(ROOT / "launch/slurm/pretrain.sbatch"), "--config", str(config)]
         self.job = cluster.run(*command, *arguments, cwd=ROOT, check=True).strip()
@@ -110,20 +109,6 @@ def uninterrupted(cluster, shards, tmp_path_factory):
     job.nothing_left()
     assert (job.run / "DONE").exists(), job.said()
     return job.weights()
-
-
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """The same weights, bit for bit.
-
-    Ranks average BatchNorm's statistics at every save: a save out of turn leaves these the same but
-    for rounding.
-    """
-    assert first.keys() == second.keys()
-    statistics = [key for key in first if "running_" in key]
-    weights = first.keys() - set(statistics)
-    assert [key for key in weights if not torch.equal(first[key], second[key])] == []
-    for key in statistics:
-        torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-6)
 
 
 def test_warned_then_a_rank_killed_then_finished(cluster, shards, uninterrupted, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from miniature import MINIATURE, equal
 
 from l2vit.launch import processes
 from l2vit.train import checkpoint
@@ -27,9 +28,7 @@ SSHD = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
 MISSING = "needs root" if os.geteuid() != 0 else ""
 MISSING = MISSING or ("" if SSHD and shutil.which("ssh") else "needs sshd (openssh-server)")
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
-SMALL = {"model__name": "l2vit_mini", "model__window_size": 4, "model__drop_path_rate": 0.1}
-SMALL |= {"data__input_size": 32, "eval__every": "100000 steps", "schedule__length": "60 steps"}
-SMALL |= {"faults__hang_seconds": 12}
+SMALL = {**MINIATURE, "faults__hang_seconds": 12}
 SERVER = """
 Port {port}
 HostKey {folder}/host_key
@@ -126,20 +125,6 @@ class Launched:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return checkpoint.read_weights(checkpoint.find(self.run), "raw")
-
-
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """The same weights, bit for bit.
-
-    Ranks average BatchNorm's statistics at every save: a save out of turn leaves these the same but
-    for rounding.
-    """
-    assert first.keys() == second.keys()
-    statistics = [key for key in first if "running_" in key]
-    weights = first.keys() - set(statistics)
-    assert [key for key in weights if not torch.equal(first[key], second[key])] == []
-    for key in statistics:
-        torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,26 @@
+"""The small run that the cluster tests disturb, and what must come of it."""
+
+import torch
+
+MINIATURE = {
+    "model__name": "l2vit_mini",
+    "model__window_size": 4,
+    "model__drop_path_rate": 0.1,
+    "data__input_size": 32,
+    "eval__every": "100000 steps",
+    "schedule__length": "60 steps",
+}
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """The same weights, bit for bit.
+
+    Ranks average BatchNorm's statistics at every save: a save out of turn leaves these the same but
+    for rounding.
+    """
+    assert first.keys() == second.keys()
+    statistics = [key for key in first if "running_" in key]
+    weights = first.keys() - set(statistics)
+    assert [key for key in weights if not torch.equal(first[key], second[key])] == []
+    for key in statistics:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-6)
