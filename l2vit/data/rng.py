@@ -11,6 +11,8 @@ import hashlib
 
 import numpy as np
 
+LATEST_DRAWS = 2
+"""Newest version of what is drawn; a run keeps the one it began with (``run.draws``)."""
 _MULTIPLY_0 = np.uint64(0xD2511F53)
 _MULTIPLY_1 = np.uint64(0xCD9E8D57)
 _WEYL_0 = np.uint64(0x9E3779B9)

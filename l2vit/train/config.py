@@ -42,6 +42,9 @@ class RunConfig:
     """Run directory; the same command on the same directory continues the run."""
     seed: CountOrZero = 0
     """Of first weights, order, augmentation, mixing and drop path."""
+    draws: Literal[0, 1, 2] = 0
+    """Version of the random draws made of the seed: 0 takes the newest for a new run, and for a
+    continued one the version it began with."""
     resume: str = ""
     """Another run directory or checkpoint to continue exactly; this run's own comes first."""
 

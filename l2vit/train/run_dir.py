@@ -21,7 +21,7 @@ from l2vit.train.state import TrainState
 CONFIG_NAME = "config.yaml"
 DONE_NAME = "DONE"
 _FIXED = ("model.name", "model.window_size", "model.args.", "run.seed", "schedule.global_batch")
-_FREE = ("run.dir", "about.")
+_FREE = ("run.dir", "run.draws", "about.")
 
 
 # -- beginning and end

@@ -7,6 +7,7 @@ checkpoint, ``run.resume``, ``init.source``, scratch. So the same command always
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from l2vit.data.order import Split, split
+from l2vit.data.rng import LATEST_DRAWS
 from l2vit.errors import ConfigError, UserError
 from l2vit.train import (
     checkpoint,
@@ -115,10 +117,12 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
 
 
 def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseClock) -> Trainer:
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run))
     directory = Path(config.run.dir)
     task = _on_all_ranks(world, lambda: tasks.kind(config.task).make(config))
     reader = _to_continue(config, task, world)
-    state = TrainState.from_dict(reader.meta.state) if reader else TrainState(seed=config.run.seed)
+    state = TrainState.from_dict(reader.meta.state) if reader else _fresh_state(config)
+    config.run.draws = state.draws  # type: ignore[assignment]
     network = task.network()
     flops = task.flops_per_image(network)
     shares = _split(config, task, network, world)
@@ -159,6 +163,10 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
     _announce(trainer, reader, warnings)
     trainer.throughput.mark(time.monotonic(), trainer.state.step)
     return trainer
+
+
+def _fresh_state(config: TrainConfig) -> TrainState:
+    return TrainState(seed=config.run.seed, draws=config.run.draws or LATEST_DRAWS)
 
 
 def _on_all_ranks(world: World, action: Callable[[], T]) -> T:
@@ -239,8 +247,10 @@ def _require_same_data(reader: Reader, task: Task[Any]) -> None:
 
 def _require_same_settings(reader: Reader, config: TrainConfig) -> None:
     batch = reader.meta.config["schedule"]["global_batch"]
+    draws = TrainState.from_dict(reader.meta.state).draws
     for key, then, now in (
         ("run.seed", reader.meta.state.get("seed"), config.run.seed),
+        ("run.draws", draws, config.run.draws or draws),
         ("schedule.global_batch", batch, config.schedule.global_batch),
     ):
         if then != now:

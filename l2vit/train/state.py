@@ -31,6 +31,8 @@ class TrainState:
     loss_scaler: dict[str, float] = field(default_factory=dict)
     """fp16 only."""
     seed: int = 0
+    draws: int = 1
+    """Version of the random draws, ``run.draws``; 1 in states saved before there was another."""
     order: str = ""
     """Fingerprint of the order that ``images_seen`` counts in."""
     best_accuracy: float = -1.0

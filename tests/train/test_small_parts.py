@@ -330,5 +330,6 @@ def test_the_peak_of_a_device_can_be_given():
 
 
 def test_state_survives_json():
+    assert TrainState.from_dict({}).draws == 1  # what runs had before there was a choice
     state = TrainState(step=3, images_seen=48, recent_losses=[1.5, 2.5], seed=9)
     assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
