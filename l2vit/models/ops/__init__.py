@@ -1,23 +1,27 @@
 """The operations of the networks, each by the fastest form there is for the device at hand.
 
-This file alone chooses. ``reference.py`` holds the formulas; ``cpu.py`` and ``triton_*.py`` hold
-faster forms of the same. The operations are plain functions of tensors: what a module owns and how
-it is called stays PyTorch's own, so that hooks, profilers and quantisers find what they expect.
+This file alone chooses: by rules, or as a run has measured (``choice.py``). ``reference.py`` holds
+the formulas; ``cpu.py`` and ``triton_*.py`` hold faster forms of the same. The operations are plain
+functions of tensors: what a module owns and how it is called stays PyTorch's own, so that hooks,
+profilers and quantisers find what they expect.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2vit.models.ops import cpu, gpu, reference, windows
+from l2vit.models.ops import choice, cpu, gpu, reference, windows
 from l2vit.models.ops.gpu import use_triton
 from l2vit.models.ops.modes import exporting, has_open_sizes, statically_true
 
 __all__ = [
+    "FORMS",
     "Order",
     "depthwise_conv",
     "join_heads",
@@ -79,11 +83,13 @@ def linear_attention(
     qk_first = order == "qk"
     if order == "auto":
         qk_first = statically_true(tokens.shape[1] < head_width)
-    if not qk_first and _triton_runs("linear_attention", tokens, head_width):
-        out = torch.ops.l2vit.linear_attention(tokens, scale, num_heads, clamp)[0]
+    if qk_first:
+        out = _linear_by_formula(tokens, scale, num_heads, clamp, qk_first=True)
     else:
-        heads = split_qkv(tokens, num_heads)
-        out = join_heads(reference.linear_attention(*heads, scale, clamp, qk_first=qk_first))
+        fast = "triton" if _triton_runs("linear_attention", tokens, head_width) else None
+        options = (num_heads, int(scale is not None))
+        compute = _form("linear_attention", tokens, options, fast)
+        out = compute(tokens, scale, num_heads, clamp)
     return out.view(*qkv.shape[:-1], qkv.shape[-1] // 3)
 
 
@@ -108,16 +114,28 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     # torch.jit.trace, in which no kernel may run, must not see sizes compared.
     triton = gpu.may_run("depthwise", x) and weight.shape[3] in _TRITON_KERNEL_SIZES
-    if not triton and not cpu.prefers_columns(x, weight):
-        return reference.depthwise_conv(x, weight, bias)
+    fast = "triton" if triton else "columns" if cpu.prefers_columns(x, weight) else None
+    options = (weight.shape[3], int(bias is not None))
+    return _form("depthwise_conv", x, options, fast)(x, weight, bias)
+
+
+def _in_one_precision(
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """What autocast would make of a convolution, for a form that it does not know."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if triton:
-        x = x.permute(0, 2, 3, 1)
-        return torch.ops.l2vit.depthwise(x, weight, bias)[0].permute(0, 3, 1, 2)
-    return cpu.depthwise_conv(x, weight, bias)
+    return compute(x, weight, bias)
+
+
+def _depthwise_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
+    return torch.ops.l2vit.depthwise(x, weight, bias)[0].permute(0, 3, 1, 2)
 
 
 def window_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
@@ -130,9 +148,15 @@ def window_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
     Returns:
         (B, H, W, C)
     """
-    b, h, w, width = qkv.shape
-    if _triton_runs("window_attention", qkv, width // (3 * num_heads)):
-        return torch.ops.l2vit.window_attention(qkv, num_heads, window)[0]
+    width = qkv.shape[3]
+    fast = "triton" if _triton_runs("window_attention", qkv, width // (3 * num_heads)) else None
+    compute = _form("window_attention", qkv, (num_heads, window), fast)
+    return compute(qkv, num_heads, window)
+
+
+def _attend_in_windows(qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    """By partitions of the map, whose tokens PyTorch's attention takes."""
+    b, h, w, _ = qkv.shape
     by_index = has_open_sizes(h, w)
     if by_index:
         tokens = windows.partition_by_index(qkv, window)
@@ -171,3 +195,50 @@ def per_image_conv(x: Tensor, kernels: Tensor) -> Tensor:
     flat = x.reshape(1, b * c, h, w)
     out = F.conv2d(flat, kernels.view(b * c, 1, 3, 3), padding=1, groups=b * c)
     return out.view(b, c, h, w)
+
+
+def _linear_by_formula(
+    tokens: Tensor, scale: Tensor | None, num_heads: int, clamp: float, *, qk_first: bool = False
+) -> Tensor:
+    heads = split_qkv(tokens, num_heads)
+    return join_heads(reference.linear_attention(*heads, scale, clamp, qk_first=qk_first))
+
+
+def _linear_by_triton(tokens: Tensor, scale: Tensor | None, num_heads: int, clamp: float) -> Tensor:
+    return torch.ops.l2vit.linear_attention(tokens, scale, num_heads, clamp)[0]
+
+
+def _windows_by_triton(qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    return torch.ops.l2vit.window_attention(qkv, num_heads, window)[0]
+
+
+Compute = Callable[..., Tensor]
+FORMS: dict[str, dict[str, Compute]] = {
+    "linear_attention": {"reference": _linear_by_formula, "triton": _linear_by_triton},
+    "depthwise_conv": {
+        "reference": reference.depthwise_conv,
+        "columns": functools.partial(_in_one_precision, cpu.depthwise_conv),
+        "triton": functools.partial(_in_one_precision, _depthwise_by_triton),
+    },
+    "window_attention": {"reference": _attend_in_windows, "triton": _windows_by_triton},
+}
+"""Each operation's forms by name; "compiled", the reference through the compiler, besides."""
+
+
+def _form(op: str, x: Tensor, options: choice.Options, fast: str | None) -> Compute:
+    """What the run settled on where it can run here; without a table ``fast``, if there is one.
+
+    Args:
+        options: what a form's speed depends on besides the shape and type of ``x``.
+        fast: a form other than the reference that can run on ``x``, here and now.
+    """
+    name = choice.settled(op, x, options) or fast or choice.REFERENCE
+    if name == "compiled":
+        return compiled_form(op)
+    return FORMS[op][name if name == fast else choice.REFERENCE]
+
+
+@functools.cache
+def compiled_form(op: str) -> Compute:
+    """The reference through ``torch.compile``, anew for each shape."""
+    return torch.compile(FORMS[op][choice.REFERENCE], dynamic=False)
