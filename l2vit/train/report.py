@@ -11,6 +11,7 @@ from typing import Any
 from l2vit import charts, files
 from l2vit.data.bad_samples import LOG_NAME, recorded
 from l2vit.errors import UserError
+from l2vit.train import history
 from l2vit.train.metrics import JSONL, Metrics, clock, read
 
 NAME = "report.html"
@@ -45,6 +46,8 @@ def finish(run: Path, metrics: Metrics, *, main: bool, done: bool) -> None:
     if not main:
         return
     records = read(run / JSONL)
+    step = records[-1]["step"] if records else 0
+    history.append(run, "finished" if done else "stopped", step=step)
     try:
         files.write_text(run / NAME, page(run.name, records, done=done))
     except UserError as error:  # the run itself is saved

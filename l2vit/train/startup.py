@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from l2vit.data.order import Split, split
@@ -21,6 +25,7 @@ from l2vit.errors import ConfigError, UserError
 from l2vit.train import (
     checkpoint,
     distributed,
+    history,
     model,
     param_groups,
     preflight,
@@ -36,6 +41,7 @@ from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
 from l2vit.train.guards import StopSignal
 from l2vit.train.metrics import Metrics
+from l2vit.train.provenance import git_commit, versions
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Intervals, Schedule
 from l2vit.train.state import TrainState
@@ -71,12 +77,22 @@ def train(config: TrainConfig) -> int:
         except RuntimeError as error:
             if not distributed.is_lost_peer(error):
                 raise
-            raise UserError(
+            lost = (
                 f"rank {world.rank} lost another rank in step {trainer.clock.step}"
-                f" ({str(error).splitlines()[0]}); the same command continues the run"
-            ) from error
+                f" ({str(error).splitlines()[0]})"
+            )
+            _note_failure(trainer, lost)
+            raise UserError(f"{lost}; the same command continues the run") from error
+        except UserError as error:
+            _note_failure(trainer, str(error))
+            raise
         report.finish(trainer.directory, trainer.metrics, main=world.main, done=status == 0)
         return status
+
+
+def _note_failure(trainer: Trainer, why: str) -> None:
+    if trainer.world.main:
+        history.append(trainer.directory, "failed", step=trainer.state.step, why=why)
 
 
 @contextlib.contextmanager
@@ -138,6 +154,7 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
     )
     evaluator = task.evaluator(world, clock.beat)
     warnings = task.warnings(network) if world.main else []
+    reached = run_dir.reached(directory).step if world.main else 0
     engine = Engine(network, config.engine, config.optim, config.ema, world=world, split=shares)
     peak = throughput.peak_tflops(config.log, world.device) * 1e12 * world.size
     trainer = Trainer(
@@ -161,6 +178,8 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
     if reader is not None:
         trainer.restore(reader)
     _announce(trainer, reader, warnings)
+    if world.main:
+        history.append(directory, "start", reached=reached, **_facts(trainer, reader))
     trainer.throughput.mark(time.monotonic(), trainer.state.step)
     return trainer
 
@@ -310,6 +329,37 @@ def _announce(trainer: Trainer, reader: Reader | None, warnings: list[str]) -> N
         )
     for warning in [*warnings, *_unscaled_rate(config)]:
         say(warning, warn=True)
+
+
+def _facts(trainer: Trainer, reader: Reader | None) -> dict[str, Any]:
+    """What this start of the run is, for its report."""
+    config, world, split = trainer.config, trainer.world, trainer.engine.split
+    data, device = trainer.task.data, world.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "step": trainer.state.step,
+        "weights": str(reader.directory) if reader else config.init.source or "scratch",
+        "parameters": sum(group.numel for group in trainer.engine.groups),
+        "multiply_adds_per_image": trainer.throughput.flops_per_image / 6,
+        "samples": trainer.loader.order.samples,
+        "classes": len(data.classes),
+        "data": data.where,
+        "dataset": data.provenance.get("dataset", ""),
+        "headline": trainer.task.headline,
+        "ranks": world.size,
+        "ranks_per_node": world.local_size,
+        "device": gpu,
+        "host": socket.gethostname(),
+        "micro_batch": split.micro_batch,
+        "accumulation": split.accumulation,
+        "steps": trainer.schedule.total,
+        "steps_per_epoch": trainer.loader.order.steps_per_epoch,
+        "warmup_steps": trainer.schedule.warmup,
+        "peak_learning_rate": trainer.schedule.peak,
+        "command": [os.path.relpath(sys.argv[0]), *sys.argv[1:]],
+        "commit": git_commit(),
+        "versions": versions(),
+    }
 
 
 def _rates(config: TrainConfig, schedule: Schedule) -> str:

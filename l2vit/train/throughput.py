@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -122,28 +122,33 @@ class Throughput:
     """Of all devices together; 0 where it is not known."""
     marked_at: float = 0.0
     marked_steps: int = 0
-    marked_data: float = 0.0
-    marked_aside: float = 0.0
+    marked_phases: dict[str, float] = field(default_factory=dict)
 
     def mark(self, now: float, step: int) -> None:
         """Begin a new interval."""
-        seconds = self.clock.seconds
         self.marked_at, self.marked_steps = now, step
-        self.marked_data = seconds["data"]
-        self.marked_aside = seconds["evaluate"] + seconds["save"]
+        self.marked_phases = dict(self.clock.seconds)
 
     def measure(self, now: float, step: int, total: int) -> dict[str, float]:
-        """Rates since the last mark, evaluation and saving left out; begins a new interval."""
-        seconds = self.clock.seconds
-        aside = seconds["evaluate"] + seconds["save"] - self.marked_aside
+        """Rates since the last mark, evaluation and saving left out; begins a new interval.
+
+        ``phase_percent/NAME`` is the share of the whole interval that this rank's host spent in a
+        phase; where it waits for a GPU, that is in "reduce".
+        """
+        spent = {
+            phase: self.clock.seconds[phase] - self.marked_phases.get(phase, 0.0)
+            for phase in PHASES
+        }
+        aside = spent["evaluate"] + spent["save"]
         wall = max(now - self.marked_at, 1e-9)
         training = max(wall - aside, 1e-9)
         steps = max(step - self.marked_steps, 1)
         rate = steps * self.global_batch / training
         values = {
             "images_per_second": rate,
-            "data_wait_percent": 100 * (seconds["data"] - self.marked_data) / training,
+            "data_wait_percent": 100 * spent["data"] / training,
             "seconds_left": (total - step) * wall / steps,
+            **{f"phase_percent/{p}": 100 * s / wall for p, s in spent.items() if s},
         }
         if self.peak_flops:
             values["mfu_percent"] = 100 * rate * self.flops_per_image / self.peak_flops
