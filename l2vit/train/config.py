@@ -159,6 +159,11 @@ class EngineConfig:
     """Recompute the blocks' activations in the backward pass: less memory, more time."""
     compile: bool = False
     """Run the model through ``torch.compile``."""
+    kernels: Text = "auto"
+    """Which form of each operation runs. auto: on a GPU each is timed once at the run's shapes and
+    the fastest right one is taken by all ranks and kept in the run's kernels.json; on a CPU fixed
+    rules choose. timed: so on any device. rules: never timed. Else a kernels.json to take the
+    choice from."""
     channels_last: bool = True
     """Keep images and convolution weights in the memory layout NHWC."""
 

@@ -22,10 +22,12 @@ from torch import nn
 from l2vit.data.order import Split, split
 from l2vit.data.rng import LATEST_DRAWS
 from l2vit.errors import ConfigError, UserError
+from l2vit.models.ops import choice
 from l2vit.train import (
     checkpoint,
     distributed,
     history,
+    kernels,
     model,
     param_groups,
     preflight,
@@ -111,6 +113,7 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
     with contextlib.ExitStack() as ending:  # each is closed even if the one before it fails
         ending.callback(distributed.stop)
         ending.callback(stop.close)
+        ending.callback(choice.use_table, None)
         directory = run_dir.prepare(config, world)
         preflight.quick(config, world)
         if run_dir.finished(directory, run_dir.length_of(config.schedule)):
@@ -146,6 +149,14 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
         _require_same_model(reader, network)
     else:
         _initialise(task, network, directory, world)
+    kernels.settle(
+        config.engine,
+        network,
+        task.trial_loss,
+        images=shares.micro_batch,
+        directory=directory,
+        world=world,
+    )
     loader = task.loader(shares, world, images_seen=state.images_seen, directory=directory)
     per_epoch = loader.order.steps_per_epoch
     schedule = Schedule.build(config.schedule, config.optim, steps_per_epoch=per_epoch)

@@ -90,7 +90,7 @@ def _agrees(kernel: str, device: torch.device) -> bool:
             torch.manual_seed(0)
             for dtype in _DTYPES:
                 got, expected = check(device, dtype)
-                _compare(got, expected, dtype)
+                require_close(got, expected, dtype)
     except Exception as error:  # whatever goes wrong, PyTorch's way is there
         reason = str(error).strip().split("\n")[0]
         warnings.warn(
@@ -101,9 +101,13 @@ def _agrees(kernel: str, device: torch.device) -> bool:
     return True
 
 
-def _compare(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+def require_close(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
     """Norms of differences within eight roundings of the type: fused code rounds less often. Not
-    below 1e-3: PyTorch's convolutions and products may use tf32."""
+    below 1e-3: PyTorch's convolutions and products may use tf32.
+
+    Raises:
+        ArithmeticError: names the first result that differs by more.
+    """
     limit = max(1e-3, 8 * torch.finfo(dtype).eps)
     for place, (a, b) in enumerate(zip(got, expected, strict=True)):
         error = float((a.double() - b.double()).norm() / b.double().norm())
