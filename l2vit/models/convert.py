@@ -1,12 +1,10 @@
-"""Files that the authors of L²ViT, FLatten and InLine released, read as weights in our names."""
+"""Single files of weights, read in our names: released by the authors of L²ViT, FLatten and InLine,
+saved by timm's train.py, or the ``model.safetensors`` of any timm model."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +15,25 @@ import torch
 from torch import Tensor
 
 from l2vit.errors import UserError
+from l2vit.models import weight_files
 from l2vit.models.families.resize import resize_tables
 from l2vit.models.families.variants import VARIANTS
 from l2vit.models.registry import SIZES
 from l2vit.models.released_keys import L2VIT, REBUILT, rename
 
-_RAW_KEY = "model"
-_EMA_KEYS = ("model_ema", "state_dict_ema")
 _UNUSED = ("norm.weight", "norm.bias")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Released:
-    """A released file in our names.
+    """A file of weights in our names.
 
     Attributes:
         model: registry name.
         model_args: constructor arguments besides ``num_classes``: img_size and, where the file or
             the caller says it, window_size.
+        input_size: pixels.
         weights: parameters and buffers by the model's names, fp32.
         which: raw or ema.
         report: what was taken, dropped, resized and assumed, one line each.
@@ -43,6 +41,7 @@ class Released:
 
     model: str
     model_args: dict[str, Any]
+    input_size: int
     weights: dict[str, Tensor]
     which: str
     report: tuple[str, ...]
@@ -56,40 +55,106 @@ def read_released(
     input_size: int | None = None,
     window_size: int | None = None,
 ) -> Released:
-    """Read a file released by the authors of a network; nothing in it can run code.
+    """Read one file of weights; nothing in it can run code.
 
     Args:
-        path: the pickle; its weights under ``model``, ``model_ema``, ``state_dict_ema`` or nothing.
-        model: registry name; "" for an L²ViT file, whose shapes tell its size.
+        path: safetensors, or a pickle with its weights under ``model``, ``state_dict``,
+            ``model_ema``, ``state_dict_ema`` or nothing; names of tensors as the authors released
+            them, or timm's.
+        model: registry name; "" for an L²ViT file, whose shapes tell its size, and for
+            checkpoints of timm's train.py, which say it.
         ema: which weights, where there are both; None prefers the averaged ones.
         input_size: pixels, instead of the file's or the model's own; position tables are resized.
         window_size: likewise, of the softmax attention.
 
     Raises:
-        UserError: an unknown model; not such a file; or unknown, missing or mis-shaped tensors,
+        UserError: an unknown model; no file of weights; or unknown, missing or mis-shaped tensors,
             which it names.
     """
-    if model and model not in VARIANTS and model not in SIZES:
-        near = ", ".join(difflib.get_close_matches(model, [*VARIANTS, *SIZES])) or "no name"
-        raise UserError(f"{path}: released files of {model!r} are not known; like it: {near}")
-    content = _read_pickle(path)
-    given, which = _choose_weights(path, content, ema)
+    _require_known(path, model)
+    content = weight_files.read(path)
+    given, which = weight_files.choose(path, content, ema)
+    model = _named(path, model, weight_files.architecture(content))
     report = [f"took the {which} weights of {path.name}"]
-    network = VARIANTS[model].backbone.__name__ if model in VARIANTS else L2VIT
-    weights, unknown = _rename_all(network, model, given, report)
-    if network == L2VIT:
-        found = _recognise(path, weights)
-        if model not in ("", found):
-            raise UserError(f"{path} holds {found}, not {model}")
-        model, report[0] = found, f"{report[0]} as {found}"
-        arguments = _authors_sizes(path, content.get("args"), input_size, window_size, report)
-    else:
-        registered: Any = timm.get_pretrained_cfg(model)
-        arguments = {"img_size": input_size or registered.input_size[-1]}
-        if window_size:
-            arguments["window_size"] = window_size
+    weights, unknown = _in_our_names(model, given, report)
+    if not model:
+        model = _recognise(path, weights)
+        report[0] += f" as {model}"
+    elif model in SIZES and (found := _recognise(path, weights)) != model:
+        raise UserError(f"{path} holds {found}, not {model}")
+    arguments, size = _sizes(path, model, content, input_size, window_size, report)
     weights = _fit(path, model, arguments, weights, unknown, report)
-    return Released(model, arguments, weights, which, tuple(report))
+    return Released(model, arguments, size, weights, which, tuple(report))
+
+
+def _sizes(
+    path: Path,
+    model: str,
+    content: Mapping[str, Any],
+    input_size: int | None,
+    window_size: int | None,
+    report: list[str],
+) -> tuple[dict[str, Any], int]:
+    """Constructor arguments and input size: the caller's, else the file's, else the model's."""
+    arguments, args = weight_files.constructor_arguments(content), content.get("args")
+    registered: Any = timm.get_pretrained_cfg(model)
+    recorded = _number(args, "input_size", "img_size")
+    if model in SIZES:
+        size = input_size or recorded
+        size, window = _authors_sizes(path, args, size, window_size, report)
+        return arguments | {"img_size": size, "window_size": window}, size
+    if model in VARIANTS:
+        size = input_size or int(registered.input_size[-1])
+        window_of = {"window_size": window_size} if window_size else {}
+        return arguments | {"img_size": size} | window_of, size
+    size = input_size or recorded or int(registered.input_size[-1])
+    return arguments | ({"img_size": size} if _takes_size(model, size) else {}), size
+
+
+def _named(path: Path, asked: str, recorded: str) -> str:
+    """The model a file is to be read as: what was asked for, else what the file says."""
+    if not timm.is_model(recorded):
+        return asked
+    if asked and recorded.removesuffix("_384") != asked.removesuffix("_384"):
+        raise UserError(f"{path} holds {recorded}, not {asked}")
+    return asked or recorded
+
+
+def _require_known(path: Path, model: str) -> None:
+    if model and not timm.is_model(model):
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models())) or "no name"
+        raise UserError(f"{path}: timm knows no model {model!r}; like it: {near}")
+
+
+def _takes_size(model: str, size: int) -> bool:
+    try:
+        with torch.device("meta"):
+            timm.create_model(model, img_size=size)
+    except TypeError:
+        return False
+    return True
+
+
+def _in_our_names(
+    model: str, given: Mapping[str, Tensor], report: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights by the model's names in fp32, and keys that it does not have."""
+    renamed: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    notes: list[str] = []
+    if not model or model in SIZES or model in VARIANTS:
+        network = VARIANTS[model].backbone.__name__ if model in VARIANTS else L2VIT
+        renamed, unknown = _rename_all(network, model, given, notes)
+        with torch.device("meta"):
+            names = set(timm.create_model(model or "l2vit_tiny").state_dict())
+        if len(names & renamed.keys()) > len(names & given.keys()):
+            report += notes
+            return renamed, unknown
+    return {name: _fp32(value) for name, value in given.items()}, []
+
+
+def _fp32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _rename_all(
@@ -108,7 +173,7 @@ def _rename_all(
         elif name is None:
             unknown.append(key)
         else:
-            weights[name] = value.float() if value.is_floating_point() else value
+            weights[name] = _fp32(value)
     if rebuilt:
         report.append(f"dropped {rebuilt} index tables and masks, rebuilt from the sizes")
     return weights, unknown
@@ -125,8 +190,8 @@ def _recognise(path: Path, weights: Mapping[str, Tensor]) -> str:
             depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
     if width is None and not any(depths):
         raise UserError(
-            f"{path} has no tensor named as in L²ViT's files; FLatten and InLine files need their"
-            " network's name (--model of export_timm, --name of evaluate and look)"
+            f"{path} has no tensor named as in L²ViT's files; other files need their network's"
+            " name (--model of export, --name of evaluate and look, model.name of a run)"
         )
     size = {"embed_dim": 0 if width is None else width.shape[0], "depths": tuple(depths)}
     for model_name, known in SIZES.items():
@@ -138,15 +203,10 @@ def _recognise(path: Path, weights: Mapping[str, Tensor]) -> str:
 
 
 def _authors_sizes(
-    path: Path,
-    args: object,
-    input_size: int | None,
-    window_size: int | None,
-    report: list[str],
-) -> dict[str, Any]:
+    path: Path, args: object, size: int | None, window_size: int | None, report: list[str]
+) -> tuple[int, int]:
     """Input and window size of an L²ViT file: the caller's, else from the file's args, else as the
     paper pairs them (a window of 1/32 of the input), with a line for each assumption."""
-    size = input_size or _number(args, "input_size", "img_size")
     if size is None:
         size = 224
         report.append(f"{path.name} does not say its input size: assumed {size}")
@@ -154,17 +214,22 @@ def _authors_sizes(
     if window is None:
         window = max(size // 32, 1)
         report.append(f"{path.name} does not say its window size: assumed {window}")
-    return {"img_size": size, "window_size": window}
+    return size, window
 
 
 def _number(args: object, *names: str) -> int | None:
     for name in names:
-        value = getattr(args, name, None)
+        value = getattr(args, name, None) or _keyword(args, name)
         if isinstance(value, list | tuple) and value:
             value = value[-1]
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _keyword(args: object, name: str) -> object:
+    keywords = getattr(args, "model_kwargs", None)
+    return keywords.get(name) if isinstance(keywords, Mapping) else None
 
 
 def _fit(
@@ -177,7 +242,7 @@ def _fit(
 ) -> dict[str, Tensor]:
     """Weights resized to the model's tables, after checking that all the rest fits exactly."""
     rows = weights.get(f"{timm.get_pretrained_cfg_value(model, 'classifier')}.weight")
-    # A headless L²ViT is made for features; a family's file without a head is refused below.
+    # A headless L²ViT is made for features; other files without a head are refused below.
     classes = rows.shape[0] if rows is not None else 0 if model in SIZES else 1000
     try:
         with torch.device("meta"):
@@ -231,66 +296,3 @@ def require_fit(
 
 def _sides(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
-
-
-class _Settings:
-    """Stands for a yacs CfgNode, which some files hold beside the weights; it is not needed."""
-
-    def __new__(cls, *_: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]
-        """The weights-only unpickler fills no mapping but its own three kinds."""
-        return OrderedDict()
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    """The pickled dict at ``path``; nothing in it can run code.
-
-    Raises:
-        UserError: no such file, no pickle of tensors, or a pickle that wants more than tensors.
-    """
-    allowed = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
-    try:
-        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint not found: {path}") from None
-    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    """The unpickler's finding in one line, without its advice to trust the file."""
-    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-    return lines[0].partition(" was not an allowed")[0] if lines else type(error).__name__
-
-
-def _choose_weights(
-    path: Path, content: Mapping[str, Any], ema: bool | None
-) -> tuple[dict[str, Tensor], str]:
-    """The flat dict of tensors in a file (a leading ``module.`` removed), and "raw" or "ema".
-
-    Args:
-        content: weights under ``model``, averaged ones under one of the two EMA
-            keys, or itself weights.
-        ema: True or False to choose; None takes the averaged weights where there are any.
-
-    Raises:
-        UserError: the wanted weights are not there; names what is.
-    """
-    ema_key = next((key for key in _EMA_KEYS if key in content), " or ".join(_EMA_KEYS))
-    averaged = content.get(ema_key)
-    if ema and averaged is None:
-        raise UserError(f"{path} holds no {ema_key}: leave the choice of EMA weights out")
-    use_ema = averaged is not None if ema is None else ema
-    if not use_ema and averaged is not None and _RAW_KEY not in content:
-        raise UserError(f"{path} holds no {_RAW_KEY}, only {ema_key}: ask for the EMA weights")
-    chosen = averaged if use_ema else content.get(_RAW_KEY, content)
-    if not isinstance(chosen, Mapping) or not chosen:
-        raise UserError(f"{path}: {ema_key if use_ema else _RAW_KEY} is no dict of weights")
-    weights = {str(key).removeprefix("module."): value for key, value in chosen.items()}
-    odd = [key for key, value in weights.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise UserError(f"{path} holds no weights ({odd[0]} is no tensor)")
-    return weights, "ema" if use_ema else "raw"

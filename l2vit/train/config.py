@@ -66,7 +66,8 @@ class InitConfig:
     """Where the first weights come from when there is nothing to continue."""
 
     source: str = ""
-    """A run directory, a checkpoint in one, an exported directory, or a released file."""
+    """A run directory, a checkpoint in one, an exported directory, or a file of weights: released
+    by a network's authors, of timm's train.py, or of any timm model."""
     weights: Literal["auto", "raw", "ema"] = "auto"
     """auto takes the raw weights or the EMA, whichever was better on ``data.val`` at the
     checkpoint's very step; the EMA where that was not measured."""

@@ -1,7 +1,8 @@
 """Weights with all one needs to use them, from any place this project knows.
 
-A run directory, one checkpoint in it, a directory exported for timm and a file released by the
-authors of a supported network all become the same `PretrainedWeights`. Transfer, evaluation and
+A run directory, one checkpoint in it, a directory exported for timm and one file of weights (as
+released by a network's authors, of timm's train.py, of any timm model) all become the same
+`PretrainedWeights`. Transfer, evaluation and
 export read through here, so a new kind of file is one new function.
 """
 
@@ -25,7 +26,7 @@ from l2vit.data.manifest import class_hash
 from l2vit.errors import UserError
 from l2vit.models import convert
 from l2vit.models.families.resize import resize_tables
-from l2vit.models.families.variants import VARIANTS
+from l2vit.models.registry import SIZES
 from l2vit.train import checkpoint, model
 
 TIMM_CONFIG = "config.json"
@@ -146,6 +147,8 @@ def read_pretrained(
         UserError: nothing readable there, or the content contradicts itself; names what.
     """
     path = Path(path)
+    if path.name == TIMM_WEIGHTS and path.is_file() and (path.parent / TIMM_CONFIG).is_file():
+        return read_timm(path.parent)
     if path.is_file():
         return read_released(
             path, model, weights=weights, window_size=window_size, input_size=input_size
@@ -265,9 +268,11 @@ def read_released(
     window_size: int = 0,
     input_size: int = 0,
 ) -> PretrainedWeights:
-    """A file released by a network's authors, to be evaluated as they do.
+    """One file of weights, to be evaluated as its authors do: released by them, saved by timm's
+    train.py, or the safetensors of any timm model.
 
-    Without ``model`` it is an L2ViT file, whose variant its shapes tell.
+    Without ``model`` it is an L2ViT file, whose variant its shapes tell, or a checkpoint of timm's
+    train.py, which says what it holds.
 
     Raises:
         UserError: an unknown ``model``, or a file that is not of it.
@@ -280,9 +285,9 @@ def read_released(
         window_size=window_size or None,
     )
     registered: Any = timm.get_pretrained_cfg(found.model)
-    size = found.model_args["img_size"]
+    size = found.input_size
     crop = (registered.crop_pct, registered.crop_mode)
-    if found.model not in VARIANTS and size >= _SQUASHED_FROM:
+    if found.model in SIZES and size >= _SQUASHED_FROM:
         crop = (1.0, "squash")
     source = PretrainedWeights(
         path=path,

@@ -190,7 +190,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, capfd):
         assert error.count("\n") == 0 and "notes.txt" in error
     arguments = ["--checkpoint", str(notes), "--out", str(tmp_path / "o"), "--model", "inline_diet"]
     assert export_timm.main(arguments) == 1
-    assert "'inline_diet' are not known; like it: inline_deit" in capfd.readouterr().err
+    assert "timm knows no model 'inline_diet'; like it: inline_deit" in capfd.readouterr().err
     file = tmp_path / "l2vit.pth"
     torch.save({"model": make_model().state_dict()}, file)
     try:
