@@ -158,8 +158,9 @@ class EngineConfig:
     """Out of memory in the first step: halve the micro-batch and double the accumulation."""
     grad_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, more time."""
-    compile: bool = False
-    """Run the model through ``torch.compile``."""
+    compile: bool | Literal["auto"] = "auto"
+    """Run the model through ``torch.compile``. auto: on a GPU if it makes one graph of the network
+    and is faster there, as timed before training; kept with the run like ``kernels``."""
     kernels: Text = "auto"
     """Which form of each operation runs. auto: on a GPU each is timed once at the run's shapes and
     the fastest right one is taken by all ranks and kept in the run's kernels.json; on a CPU fixed

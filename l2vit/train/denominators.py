@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -27,13 +27,16 @@ class Denominators:
         self._layers = {
             name: module for name, module in model.named_modules() if hasattr(module, "observer")
         }
-        self._counts: dict[str, torch.Tensor] = {}
+        self._counters = {
+            name: _Counter(float(getattr(layer, "clamp", 0.0)), world.device)
+            for name, layer in self._layers.items()
+        }
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Within, forward passes of this rank are counted."""
         for name, layer in self._layers.items():
-            layer.observer = self._counter(name, float(getattr(layer, "clamp", 0.0)))
+            layer.observer = self._counters[name]
         try:
             yield
         finally:
@@ -43,9 +46,9 @@ class Denominators:
     def report(self, metrics: Metrics, step: int) -> dict[str, float]:
         """Sum over ranks, write the histograms, and return the shares clamped, in percent."""
         shares = {}
-        for name in self._layers:
-            held = self._counts.pop(name, torch.zeros(len(EDGES) + 2))
-            counts = self._world.sum(held.tolist())
+        for name, counter in self._counters.items():
+            counts = self._world.sum(counter.counts.tolist())
+            counter.counts.zero_()
             total, clamped = sum(counts[:-1]), counts[-1]
             if total:
                 merged = [*counts[: len(EDGES) - 1], counts[len(EDGES) - 1] + counts[len(EDGES)]]
@@ -53,17 +56,21 @@ class Denominators:
                 shares[f"clamped_percent/{name}"] = 100 * clamped / total
         return shares
 
-    def _counter(self, name: str, clamp: float) -> Callable[[torch.Tensor], None]:
-        """Counts by edge, beyond the last edge, and below the clamp."""
 
-        def observe(values: torch.Tensor) -> None:
-            flat = values.detach().float().reshape(-1)
-            edges = torch.tensor(EDGES, device=flat.device)
-            places = torch.bucketize(flat, edges)
-            counts = torch.bincount(places, minlength=len(EDGES) + 1).double()
-            below = (flat < clamp).sum().double().reshape(1)
-            found = torch.cat([counts, below])
-            held = self._counts.get(name)
-            self._counts[name] = found if held is None else held + found
+class _Counter:
+    """Counts values by edge, beyond the last edge, and below the clamp.
 
-        return observe
+    Only tensor operations of fixed shapes, and one object for the whole run: compiled networks
+    take it into their graph, once with it and once without.
+    """
+
+    def __init__(self, clamp: float, device: torch.device) -> None:
+        self._clamp = clamp
+        self._edges = torch.tensor(EDGES, device=device)
+        self.counts = torch.zeros(len(EDGES) + 2, dtype=torch.float64, device=device)
+
+    def __call__(self, values: torch.Tensor) -> None:
+        flat = values.detach().float().reshape(-1)
+        places = torch.bucketize(flat, self._edges)
+        self.counts.scatter_add_(0, places, torch.ones_like(places, dtype=torch.float64))
+        self.counts[-1:].add_((flat < self._clamp).sum())

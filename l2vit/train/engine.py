@@ -119,8 +119,9 @@ class Engine:
         if ema.decay:
             sources = [*self._flats, *self._float_buffers().values()]
             self.ema = Ema(sources, ema.decay, warmup=ema.warmup)
-        if engine.compile:
-            self._deepspeed.compile()
+        if engine.compile is True:  # auto is settled by then, see ``kernels.settle``
+            # One graph for each kind and size of batch: a kernel is chosen by its sizes.
+            self._deepspeed.compile(compile_kwargs={"dynamic": False})
 
     @property
     def module(self) -> nn.Module:

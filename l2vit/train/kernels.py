@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,18 @@ _GROUPS, _GROUP_SECONDS = 5, 0.02
 Times = dict[str, float]
 """Milliseconds of forward and backward pass by form."""
 Clock = Callable[[Call, str, torch.device], float]
+PassClock = Callable[[bool], float]
+"""Milliseconds of a pass of the network: compiled (True) or as it is (False)."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a ``kernels.json`` says."""
+
+    forms: dict[str, str] = field(default_factory=dict)
+    compiled: bool | None = None
+    """None: it says nothing."""
 
 
 def settle(
@@ -58,7 +70,8 @@ def settle(
     directory: Path,
     world: World,
     clock: Clock | None = None,
-) -> None:
+    time_pass: PassClock | None = None,
+) -> bool:
     """Choose the forms of this run's operations, on all ranks alike, and use them from now on.
 
     Args:
@@ -69,6 +82,10 @@ def settle(
         directory: the run's.
         world: this rank's place.
         clock: times a form; tests give their own.
+        time_pass: times a pass of the whole network, as it is or compiled.
+
+    Returns:
+        Whether to compile the network.
 
     Raises:
         ConfigError: ``engine.kernels`` names a file that holds no choice.
@@ -76,18 +93,28 @@ def settle(
     wish = engine.kernels
     if wish == "rules" or (wish == "auto" and world.device.type != "cuda"):
         choice.use_table(None)
-        return
+        return engine.compile is True
     pinned = Path(wish) if wish not in ("auto", "timed") else None
     kept = _of_main(world, lambda: _read(pinned or directory / NAME, must_exist=bool(pinned)))
-    forms: dict[str, str] = dict(kept)
+    dtype = precision.DTYPES[engine.precision]
+    forms = dict(kept.forms)
     if pinned is None:
-        calls = calls_of(network, trial_loss, images, precision.DTYPES[engine.precision], world)
+        calls = calls_of(network, trial_loss, images, dtype, world)
         missing = [call for key, call in calls.items() if key not in forms]
         forms |= _chosen(missing, engine, world, clock or milliseconds)
-    if world.main:
-        files.write_json(directory / NAME, {"format": 1, "forms": forms})
-        cli.tell(f"{summary(forms)}; kept in {directory / NAME}")
     choice.use_table(forms)
+    compiled = kept.compiled if engine.compile == "auto" else engine.compile
+    if compiled is None:
+        timed = time_pass or functools.partial(
+            pass_milliseconds, network, trial_loss, images, dtype, world.device
+        )
+        compiled = engine.zero_stage < 3 and _compiled_is_faster(timed, world)
+    if world.main:
+        held = {"format": 1, "forms": forms, "compiled": compiled}
+        files.write_json(directory / NAME, held)
+        whole = "compiled" if compiled else "not compiled"
+        cli.tell(f"{summary(forms)}; network {whole}; kept in {directory / NAME}")
+    return compiled
 
 
 def summary(forms: Mapping[str, str]) -> str:
@@ -147,20 +174,31 @@ def refusals(call: Call, names: Iterable[str], device: torch.device) -> dict[str
 
 def milliseconds(call: Call, name: str, device: torch.device) -> float:
     """Median time of a forward and a backward pass, by CUDA events on a GPU."""
-    step = _pass(call, name, _inputs(call, device, call.shape[0]))
-    for _ in range(3):
-        step()
-    once = _seconds(step, 1, device)
-    repeats = max(1, min(100, round(_GROUP_SECONDS / max(once, 1e-6))))
-    return 1e3 * statistics.median(_seconds(step, repeats, device) for _ in range(_GROUPS))
+    return _median(_pass(call, name, _inputs(call, device, call.shape[0])), device)
+
+
+def pass_milliseconds(
+    network: nn.Module,
+    trial_loss: TrialLoss,
+    images: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool,
+) -> float:
+    """Median time of a forward and a backward pass through a copy of ``network``."""
+    twin = copy.deepcopy(network).to(device).train()
+    precision.cast(twin, dtype)
+    if compiled:  # a network of several graphs would gain little and compile again and again
+        twin.compile(fullgraph=True, dynamic=False)
+    return _median(lambda: trial_loss(twin, images, device).backward(), device)
 
 
 # -- choosing
 
 
 def _chosen(calls: list[Call], engine: EngineConfig, world: World, clock: Clock) -> dict[str, str]:
-    device, compiled = world.device, engine.compile
-    wanted = [candidates(call, device, whole_compiled=compiled) for call in calls]
+    device, whole = world.device, engine.compile is True
+    wanted = [candidates(call, device, whole_compiled=whole) for call in calls]
     own = [refusals(call, names, device) for call, names in zip(calls, wanted, strict=True)]
     everywhere = world.gather(own)
     for place, (call, names) in enumerate(zip(calls, wanted, strict=True)):
@@ -203,6 +241,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
+def _compiled_is_faster(time_pass: PassClock, world: World) -> bool:
+    """Every rank compiles, so that none is alone in failing; rank 0's times decide."""
+    failure, compiled = "", 0.0
+    try:
+        compiled = time_pass(True)
+    except Exception as error:  # the network as it is is there
+        failure = _first_line(error)
+    failures = [text for text in world.gather(failure) if text]
+    if failures:
+        _tell(world, f"the network is not compiled: {failures[0]}")
+        return False
+    return _of_main(world, lambda: compiled < time_pass(False))
+
+
 def _tell(world: World, text: str) -> None:
     if world.main:
         cli.tell(f"warning: {text}", error=True)
@@ -224,9 +276,9 @@ def _of_main(world: World, action: Callable[[], T]) -> T:
 # -- files
 
 
-def _read(path: Path, *, must_exist: bool) -> dict[str, str]:
+def _read(path: Path, *, must_exist: bool) -> Kept:
     if not path.is_file() and not must_exist:
-        return {}
+        return Kept()
     held = files.read_json(path, what=_WHAT)
     forms = held.get("forms") if isinstance(held, dict) and held.get("format") == 1 else None
     if not isinstance(forms, dict):
@@ -235,7 +287,8 @@ def _read(path: Path, *, must_exist: bool) -> dict[str, str]:
         op = str(key).partition(" ")[0]
         if op not in ops.FORMS or form not in (*ops.FORMS[op], "compiled"):
             raise ConfigError(f"engine.kernels: {path}: {key}: there is no form {form!r}")
-    return forms
+    compiled = held.get("compiled")
+    return Kept(forms, compiled if isinstance(compiled, bool) else None)
 
 
 def cache_file() -> Path:
@@ -324,6 +377,15 @@ def _require_agreement(call: Call, name: str, device: torch.device) -> None:
     wide = [a.detach().float().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
     expected = _pass(call, REFERENCE, wide)()
     gpu.require_close(_pass(call, name, arguments)(), expected, getattr(torch, call.dtype))
+
+
+def _median(step: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call, once it is warm."""
+    for _ in range(3):
+        step()
+    once = _seconds(step, 1, device)
+    repeats = max(1, min(100, round(_GROUP_SECONDS / max(once, 1e-6))))
+    return 1e3 * statistics.median(_seconds(step, repeats, device) for _ in range(_GROUPS))
 
 
 def _seconds(step: Callable[[], Any], repeats: int, device: torch.device) -> float:

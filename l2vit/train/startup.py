@@ -149,7 +149,7 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
         _require_same_model(reader, network)
     else:
         _initialise(task, network, directory, world)
-    kernels.settle(
+    compiled = kernels.settle(
         config.engine,
         network,
         task.trial_loss,
@@ -166,7 +166,8 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
     evaluator = task.evaluator(world, clock.beat)
     warnings = task.warnings(network) if world.main else []
     reached = run_dir.reached(directory).step if world.main else 0
-    engine = Engine(network, config.engine, config.optim, config.ema, world=world, split=shares)
+    settled = dataclasses.replace(config.engine, compile=compiled)
+    engine = Engine(network, settled, config.optim, config.ema, world=world, split=shares)
     peak = throughput.peak_tflops(config.log, world.device) * 1e12 * world.size
     trainer = Trainer(
         config=config,

@@ -49,7 +49,7 @@ def no_clock(call, name, device):
 def settle(directory, world, clock=pretended, wish="timed"):
     engine = EngineConfig(kernels=str(wish), precision="fp32")
     given = {"images": 2, "directory": directory, "world": world, "clock": clock}
-    kernels.settle(engine, Net(), trial_loss, **given)
+    kernels.settle(engine, Net(), trial_loss, **given, time_pass=float)
     return choice._table
 
 
@@ -133,6 +133,31 @@ def test_the_real_clock_times_every_form(alone):
     wanted = ["reference", "triton", "compiled"]
     assert kernels.candidates(linear, gpu, whole_compiled=False) == wanted
     assert kernels.candidates(linear, gpu, whole_compiled=True) == wanted[:2]
+
+
+def passes(directory, world, clock, compile="auto"):
+    engine = EngineConfig(kernels="timed", precision="fp32", compile=compile)
+    given = {"images": 2, "directory": directory, "world": world, "clock": pretended}
+    return kernels.settle(engine, Net(), trial_loss, **given, time_pass=clock)
+
+
+def fails(compiled):
+    raise RuntimeError("Unsupported: a graph break" if compiled else "timed again")
+
+
+def test_compiled_if_faster_and_so_for_good(tmp_path, alone, capsys):
+    assert passes(run(tmp_path, "a"), alone, lambda compiled: 1.0 if compiled else 2.0) is True
+    assert passes(tmp_path / "a", alone, fails) is True
+    assert passes(run(tmp_path, "b"), alone, lambda compiled: 2.0 if compiled else 1.0) is False
+    assert passes(tmp_path / "b", alone, fails, compile=True) is True
+    capsys.readouterr()
+    assert passes(run(tmp_path, "c"), alone, fails) is False
+    assert "not compiled: Unsupported: a graph break" in capsys.readouterr().err
+
+
+def test_the_real_clock_times_a_pass(alone):
+    given = (Net(), trial_loss, 2, torch.float32, torch.device("cpu"))
+    assert kernels.pass_milliseconds(*given, compiled=False) > 0
 
 
 def on_two_ranks(world, directory):
