@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from l2vit.launch import memory, processes
+from l2vit.train.run_lock import RUN_ID
 
 STORE_FD = "L2VIT_STORE_FD"
 TOKEN = "L2VIT_TOKEN"
-RUN_ID = "L2VIT_RUN_ID"
-"""Tells the processes of one run from others of the same user; no secret."""
 
 
 @dataclass(frozen=True)

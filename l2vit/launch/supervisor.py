@@ -19,7 +19,7 @@ from l2vit import cli
 from l2vit.launch import command, job
 from l2vit.launch.attempt import UNREACHABLE, WRONG_CONFIGURATION, Attempt, Outcome
 from l2vit.launch.job import Job
-from l2vit.train import metrics, run_dir
+from l2vit.train import metrics, run_dir, run_lock
 from l2vit.train.guards import STOPPED
 from l2vit.train.run_dir import Reached
 
@@ -34,6 +34,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 def launch(options: argparse.Namespace) -> int:
     """Start the job that :func:`command.parse` read and watch it; returns the exit status."""
     settings = command.read_config(options.rest)
+    if not options.preflight:
+        run_lock.refuse_if_held(Path(settings.run.dir))
     supervisor = Supervisor(
         run_dir=Path(settings.run.dir),
         length=(settings.schedule.length, settings.schedule.cooldown),

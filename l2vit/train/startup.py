@@ -33,6 +33,7 @@ from l2vit.train import (
     preflight,
     report,
     run_dir,
+    run_lock,
     tasks,
     throughput,
 )
@@ -44,6 +45,7 @@ from l2vit.train.engine import Engine
 from l2vit.train.guards import StopSignal
 from l2vit.train.metrics import Metrics
 from l2vit.train.provenance import git_commit, versions
+from l2vit.train.run_lock import RunLock
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Intervals, Schedule
 from l2vit.train.state import TrainState
@@ -114,13 +116,15 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
         ending.callback(distributed.stop)
         ending.callback(stop.close)
         ending.callback(choice.use_table, None)
+        lock = run_lock.hold(Path(config.run.dir), world)
+        ending.callback(lock.release)
         directory = run_dir.prepare(config, world)
         preflight.quick(config, world)
         if run_dir.finished(directory, run_dir.length_of(config.schedule)):
             yield None
             return
         clock = PhaseClock()
-        trainer = _build(config, world, stop, clock)
+        trainer = _build(config, world, stop, lock, clock)
         watchdog = Watchdog(clock, world=world, limit=config.faults.hang_seconds)
         parts = (
             trainer.engine,
@@ -135,7 +139,9 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
         yield trainer
 
 
-def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseClock) -> Trainer:
+def _build(
+    config: TrainConfig, world: World, stop: StopSignal, lock: RunLock, clock: PhaseClock
+) -> Trainer:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run))
     directory = Path(config.run.dir)
     task = _on_all_ranks(world, lambda: tasks.kind(config.task).make(config))
@@ -185,6 +191,7 @@ def _build(config: TrainConfig, world: World, stop: StopSignal, clock: PhaseCloc
         throughput=Throughput(clock, shares.global_batch, flops, peak),
         denominators=Denominators(engine.module, world=world),
         stop=stop,
+        lock=lock,
         state=state,
     )
     if reader is not None:

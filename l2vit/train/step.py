@@ -36,6 +36,8 @@ class StepFigures:
     parts: dict[str, float]
     stopping: bool
     """A signal asked some rank to save and stop."""
+    lock_lost: bool
+    """Rank 0 no longer holds the run directory."""
     ranks_written: int
     """Ranks that have written their part of the save under way."""
     grad_norm: float
@@ -57,7 +59,7 @@ class StepResult:
     @cached_property
     def figures(self) -> StepFigures:
         """The step in numbers; waits until the device has got there."""
-        loss, stopping, written, *rest = self.pending.read()
+        loss, stopping, lost, written, *rest = self.pending.read()
         *parts, grad_norm = rest
         size = self.world.size
         names = self.micro_batches[0].parts
@@ -65,6 +67,7 @@ class StepResult:
             loss=loss / size,
             parts={name: value / size for name, value in zip(names, parts, strict=True)},
             stopping=stopping > 0,
+            lock_lost=lost > 0,
             ranks_written=round(written),
             grad_norm=grad_norm,
         )
@@ -75,6 +78,7 @@ def exchange(
     outcome: StepOutcome,
     *,
     stop: bool,
+    lock_lost: bool,
     written: bool,
     world: World,
 ) -> PendingSum:
@@ -84,6 +88,7 @@ def exchange(
         micro_batches: this rank's losses.
         outcome: the gradient's norm is carried along, being equal on every rank.
         stop: this rank was asked to stop.
+        lock_lost: this rank held the run directory and does no longer.
         written: this rank has written its part of the save under way.
         world: this rank's place.
     """
@@ -92,6 +97,6 @@ def exchange(
         torch.stack([micro.parts[name] for micro in micro_batches]).mean().double()
         for name in micro_batches[0].parts
     ]
-    flags = [torch.full_like(losses, float(flag)) for flag in (stop, written)]
+    flags = [torch.full_like(losses, float(flag)) for flag in (stop, lock_lost, written)]
     norm = outcome.grad_norm.double().reshape(1)
     return world.sum_later(torch.stack([losses, *flags, *parts]), norm)

@@ -34,6 +34,7 @@ from l2vit.train.guards import STOPPED, StopSignal
 from l2vit.train.metrics import Metrics
 from l2vit.train.profiling import profiler
 from l2vit.train.provenance import git_commit, versions
+from l2vit.train.run_lock import RunLock
 from l2vit.train.saver import Saver
 from l2vit.train.schedule import Intervals, Schedule
 from l2vit.train.state import TrainState
@@ -59,6 +60,7 @@ class Trainer:
     throughput: Throughput
     denominators: Denominators
     stop: StopSignal
+    lock: RunLock
     state: TrainState
     _stopping: bool = field(init=False, default=False)
     """Some rank was asked to stop: the step under way is the last."""
@@ -130,6 +132,7 @@ class Trainer:
                 micro_batches,
                 outcome,
                 stop=self.stop.arrived,
+                lock_lost=bool(self.lock.lost),
                 written=self.saver.written,
                 world=self.world,
             )
@@ -200,6 +203,8 @@ class Trainer:
         """Commit a save, count a skipped step; False after returning to a checkpoint."""
         with self.clock("reduce"):
             figures = result.figures
+        if figures.lock_lost:
+            raise UserError(self.lock.lost or "rank 0 lost the lock on the run directory")
         with self.clock("save"):
             self.saver.poll(figures.ranks_written)
         self._stopping |= figures.stopping
