@@ -13,14 +13,11 @@ import pytest
 import small_runs
 import torch
 from miniature import MINIATURE, equal
+from namespaces import Hosts
 
 from l2vit.launch import processes
 from l2vit.train import checkpoint
 from l2vit.train.run_dir import reached
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
-
-from test_two_nodes import Hosts
 
 ROOT = Path(__file__).parents[2]
 PORT = "2222"

@@ -22,42 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import small_runs
 from forked_ranks import free_port
+from namespaces import Hosts
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.multinode
-
-
-class Hosts:
-    """Two namespaces; removed together with the wire."""
-
-    def __init__(self):
-        tag = f"{os.getpid() % 100000}"
-        subnet = f"10.{77 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
-        self.names = [f"l2v{tag}{letter}" for letter in "ab"]
-        self.wires = [f"w{tag}{letter}" for letter in "ab"]
-        self.addresses = [f"{subnet}.{number}" for number in (1, 2)]
-
-    def make(self):
-        for name in self.names:
-            self.ip("netns", "add", name)
-        first, second = self.wires
-        self.ip("link", "add", first, "type", "veth", "peer", "name", second)
-        for name, wire, address in zip(self.names, self.wires, self.addresses, strict=True):
-            self.ip("link", "set", wire, "netns", name)
-            self.ip("-n", name, "addr", "add", f"{address}/24", "dev", wire)
-            self.ip("-n", name, "link", "set", "lo", "up")
-            self.ip("-n", name, "link", "set", wire, "up")
-
-    def remove(self):
-        for name in self.names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-    def wire(self, state: str):
-        self.ip("-n", self.names[0], "link", "set", self.wires[0], state)
-
-    @staticmethod
-    def ip(*arguments: str):
-        subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
