@@ -87,6 +87,34 @@ def open_dataset(path: Path, source: PretrainedWeights, label_set: str = "data")
     return dataset
 
 
+def open_plain(path: Path) -> Dataset:
+    """What ``path`` holds under its own classes, whatever a model knows.
+
+    Raises:
+        UserError: neither shards nor folders of pictures.
+    """
+    if not path.is_dir():
+        raise UserError(f"no such data directory: {path}")
+    if not (path / MANIFEST_NAME).is_file():
+        return _folders(path, (), "data")
+    manifest = Manifest.load(path)
+    manifest.require_shards(path)
+    return Dataset(path, manifest.classes, None, (), identity=manifest.hash)
+
+
+def same_classes(dataset: Dataset, other: Dataset) -> list[int]:
+    """For each class of ``dataset`` its row among those of ``other``.
+
+    Raises:
+        UserError: a class that ``other`` does not have; names the first.
+    """
+    row = {name: i for i, name in enumerate(other.classes)}
+    missing = [name for name in dataset.classes if name not in row]
+    if missing:
+        raise UserError(f"{other.path} has no pictures of {missing[0]}, a class of {dataset.path}")
+    return [row[name] for name in dataset.classes]
+
+
 def _outputs(source: PretrainedWeights) -> tuple[tuple[str, ...], str]:
     if source.classes:
         return source.classes, ""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import datasets, pictures
+from finetune import datasets, knn, pictures
 from finetune.datasets import Dataset
 from finetune.scores import Scores
 from l2vit import cli, files
@@ -172,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, type=Path, help="shard directory, or a folder per class")
     add("--name", default="", help="registry name, for released files of other networks")
     add("--weights", choices=("auto", "raw", "ema"), default="auto", help=WEIGHTS_HELP)
+    add(
+        "--knn",
+        type=Path,
+        metavar="TRAIN",
+        help="score the features instead of the classifier: by"
+        " nearest neighbours among the pictures of TRAIN",
+    )
+    add("--neighbours", type=int, default=knn.NEIGHBOURS, help="for --knn")
     add("--label-set", choices=datasets.LABEL_SETS, default="data")
     add("--input-size", type=int, default=0, help="pixels; default: as the model was exported")
     add("--window-size", type=int, default=0)
@@ -191,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.batch < 1 or options.threads < 0 or options.input_size < 0:
         raise ConfigError("--batch must be at least 1, --threads and --input-size not negative")
+    if options.neighbours < 1:
+        raise ConfigError("--neighbours must be at least 1")
+    if options.knn and (options.label_set != "data" or options.picture or options.predictions):
+        raise ConfigError("--knn goes with none of --label-set, --picture and --predictions")
     for path in filter(None, (options.json, options.picture, options.predictions)):
         if not path.parent.is_dir():
             raise ConfigError(f"no directory {path.parent} to write {path.name} into")
@@ -201,7 +213,6 @@ def _run(options: argparse.Namespace) -> None:
         window_size=options.window_size,
         input_size=options.input_size,
     )
-    dataset = datasets.open_dataset(options.data, source, options.label_set)
     preprocessing = _preprocessing(options, source)
     setting = Setting(
         options.backend,
@@ -211,6 +222,10 @@ def _run(options: argparse.Namespace) -> None:
         chosen_device(options.device),
     )
     model = source.build(window_size=options.window_size, input_size=options.input_size)
+    if options.knn:
+        _run_knn(options, source, model.to(setting.device), preprocessing, setting)
+        return
+    dataset = datasets.open_dataset(options.data, source, options.label_set)
     notes = [*_notes(source, dataset), *padding_warnings(model, preprocessing.input_size)]
     for line in notes:
         print(f"{_NAME}: note: {line}", file=sys.stderr)
@@ -222,6 +237,46 @@ def _run(options: argparse.Namespace) -> None:
         pictures.accuracy_picture(result.scores, _names(source), options.picture)
     if options.predictions:
         files.write_text(options.predictions, _table(dataset, result.scores))
+
+
+def _run_knn(
+    options: argparse.Namespace,
+    source: PretrainedWeights,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    setting: Setting,
+) -> None:
+    """Print, and write as JSON, the accuracy of the nearest neighbours among ``--knn``."""
+    known, asked = datasets.open_plain(options.knn), datasets.open_plain(options.data)
+    rows = datasets.same_classes(asked, known)
+    dtype = _PRECISIONS[setting.precision]
+    bank = knn.features(model, _loader(known, preprocessing, setting), dtype)
+    queries = knn.features(model, _loader(asked, preprocessing, setting), dtype)
+    votes = knn.votes(
+        bank, queries.features, classes=len(known.classes), neighbours=options.neighbours
+    )
+    wanted = torch.tensor(rows, device=votes.device)[queries.labels]
+    right, count = int((votes.argmax(1) == wanted).sum()), len(wanted)
+    print(f"model    {source.model} ({source.described}) from {source.path}")
+    print(f"bank     {len(bank.labels)} pictures, {len(known.classes)} classes of {options.knn}")
+    print(f"data     {options.data} at {preprocessing.input_size}x{preprocessing.input_size}")
+    print(
+        f"{options.neighbours}-NN    {100 * right / count:.3f}%  ({right} of {count})", flush=True
+    )
+    if options.json:
+        record = {
+            "model": str(source.path),
+            "weights": source.which,
+            "bank": str(options.knn),
+            "bank_count": len(bank.labels),
+            "data": str(options.data),
+            "input_size": preprocessing.input_size,
+            "neighbours": options.neighbours,
+            "count": count,
+            "knn_right": right,
+            "knn": 100 * right / count,
+        }
+        files.write_json(options.json, record)
 
 
 def _preprocessing(options: argparse.Namespace, source: PretrainedWeights) -> Preprocessing:

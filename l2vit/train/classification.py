@@ -24,6 +24,7 @@ from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
 from l2vit.train.evaluation import Evaluator
+from l2vit.train.probe import fix_body
 from l2vit.train.schedule import steps_of
 from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
 
@@ -68,6 +69,8 @@ class Classification:
         config, size = self._config, self._config.data.input_size
         network = model.from_config(config, classes=len(self.data.classes))
         model.check_evaluation_sizes(network, config.eval, name=config.model.name, input_size=size)
+        if config.optim.train == "head":
+            fix_body(network)
         return network
 
     def initialise(self, network: nn.Module) -> Report | None:

@@ -81,6 +81,9 @@ class InitConfig:
 class OptimConfig:
     """AdamW."""
 
+    train: Literal["all", "head"] = "all"
+    """What learns: all, or the classifier alone (a linear probe), with BatchNorm's statistics
+    kept and nothing dropped below it."""
     lr: Positive = 1e-3
     """Peak learning rate: of batches of ``lr_batch`` images, or as it is if that is 0."""
     lr_batch: CountOrZero = 0
@@ -258,6 +261,8 @@ class TrainConfig:
         return []
 
     def validate(self) -> None:
+        if self.optim.train == "head" and self.task != "classify":
+            raise ConfigError(f"optim.train: head is for classification, not task {self.task}")
         for name in ("start_lr", "min_lr"):
             rate = getattr(self.schedule, name)
             if rate > self.optim.lr:

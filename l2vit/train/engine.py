@@ -106,7 +106,9 @@ class Engine:
         self.dtype = DTYPES[engine.precision]
         self._channels_last = engine.channels_last
         masters = {name: p.detach().cpu().float().clone() for name, p in model.named_parameters()}
-        self.groups = param_groups(model, layer_decay=optim.layer_decay, decay=optim.decay)
+        self.groups = param_groups(
+            model, layer_decay=optim.layer_decay, decay=optim.decay, train=optim.train
+        )
         self._deepspeed = _initialize(model, engine, optim, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
         use_foreach(self._zero)

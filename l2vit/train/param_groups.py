@@ -35,6 +35,7 @@ def param_groups(
     *,
     layer_decay: float = 1.0,
     decay: Literal["matrices", "all"] = "matrices",
+    train: Literal["all", "head"] = "all",
 ) -> list[ParamGroup]:
     """Split the trainable parameters of ``model``.
 
@@ -42,6 +43,8 @@ def param_groups(
     ``decay`` is all, parameters with at most one dimension (biases, norms) and those that the
     model's ``no_weight_decay()`` names do not decay. With ``layer_decay`` d below 1, a parameter k
     layers below the top learns at d^k of the rate, layers as the model's ``group_matcher`` says.
+    With ``train`` "head" all but the classifier's parameters have the rate 0 and do not decay: they
+    stay what they are to the bit, and checkpoints hold them like any other.
 
     Raises:
         ConfigError: layer decay for a model that does not say what its layers are.
@@ -51,12 +54,15 @@ def param_groups(
             f"optim.layer_decay: {type(model).__name__} has no group_matcher; set it to 1"
         )
     settings = _by_parameter(model, layer_decay, decay)
+    if train == "head":
+        learns = {id(parameter) for parameter in cast(Any, model).get_classifier().parameters()}
+        settings = {k: found if k in learns else (0.0, False) for k, found in settings.items()}
     groups: dict[tuple[float, bool], ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale, decays = settings[id(parameter)]
-        label = "decay" if decays else "no decay"
+        label = "fixed" if not scale else "decay" if decays else "no decay"
         group = groups.setdefault(
             (scale, decays), ParamGroup(f"{label} ×{scale:.4g}", [], [], decays, scale)
         )
