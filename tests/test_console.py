@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -115,6 +116,44 @@ def test_a_run_whose_terminal_was_closed_may_save(no_output, tmp_path):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# -- between two records
+
+
+def test_lines_between_records_show_the_running_mean(tmp_path, capfd, monkeypatch):
+    """A line after some seconds of silence; in a file that grows for days, rarer with time."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    door = metrics.Metrics(tmp_path, main=True, total_steps=1000)
+    asked = []
+
+    def rates():
+        asked.append(now[0])
+        return {"images_per_second": 1234.5, "seconds_left": 61.0}
+
+    for step in range(1, 401):
+        now[0] += 1
+        door.note_loss(float("nan") if step == 3 else float(step))
+        door.progress(step, float(step), rates)
+    door.close()
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "step 5/1,000  loss 5.0000  (mean 3.0000)  1,234 img/s  00:01:01 left"
+    last = int(asked[-1] - 1000)
+    assert f"loss {last}.0000  (mean {sum(range(last - 99, last + 1)) / 100:.4f})" in lines[-1]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert gaps[0] == 5 and gaps == sorted(gaps) and 15 < gaps[-1] <= 20
+    assert (tmp_path / "metrics.jsonl").read_text() == "", "the console only"
+
+
+def test_the_running_mean_begins_anew_after_a_rollback(tmp_path, capfd):
+    door = metrics.Metrics(tmp_path, main=True, total_steps=9)
+    door.note_loss(900.0)
+    door.rewind(0)
+    door.note_loss(2.0)
+    door.log(1, {"loss": 2.0}, images_seen=1)
+    door.close()
+    assert "loss 2.0000  (mean 2.0000)" in capfd.readouterr().out
 
 
 # -- records on a full disk

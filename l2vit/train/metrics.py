@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -17,6 +19,7 @@ from l2vit import cli, files
 JSONL = "metrics.jsonl"
 _CONSOLE = {
     "loss": "loss {:.4f}",
+    "loss_mean": "(mean {:.4f})",
     "learning_rate": "lr {:.2e}",
     "grad_norm": "|g| {:.2f}",
     "images_per_second": "{:,.0f} img/s",
@@ -24,6 +27,9 @@ _CONSOLE = {
     "data_wait_percent": "data wait {:.0f}%",
     "seconds_left": "{} left",
 }
+
+_MEAN_OVER = 100
+"""Steps that the running mean of the loss is taken over."""
 
 
 class Metrics:
@@ -46,6 +52,8 @@ class Metrics:
         self._board: Any = None
         self._live = False
         self._pictured = False
+        self._losses: deque[float] = deque(maxlen=_MEAN_OVER)
+        self._began = self._shown = time.monotonic()
         if not main:
             return
         truncate(self.path, resumed_step)
@@ -67,6 +75,28 @@ class Metrics:
             self._draw("add_scalar", name, value, step)
         if "loss" in values:
             self._show(step, values)
+
+    def note_loss(self, loss: float) -> None:
+        """Add a step's loss to the running mean that the console shows."""
+        if math.isfinite(loss):
+            self._losses.append(loss)
+
+    def progress(self, step: int, loss: float, rates: Callable[[], Mapping[str, float]]) -> None:
+        """Show a step that has no record, if the console has been silent for some seconds.
+
+        Args:
+            step: its number.
+            loss: its loss.
+            rates: gives the speed since the last record; asked only if it is shown.
+        """
+        if self._main and time.monotonic() - self._shown >= self._silence():
+            self._show(step, {"loss": loss, **rates()})
+
+    def _silence(self) -> float:
+        """Seconds between two lines: a screen is read now, a file that grows for days later."""
+        if sys.stdout.isatty():
+            return 2.0
+        return min(60.0, max(5.0, 0.05 * (time.monotonic() - self._began)))
 
     def histogram(
         self, step: int, key: str, counts: Sequence[float], edges: Sequence[float]
@@ -111,6 +141,7 @@ class Metrics:
                 self._write()
             self._stream.close()
             truncate(self.path, step)
+            self._losses.clear()
             self._stream, self._unwritten = FileIO(self.path, "a"), b""
 
     def say(self, text: str, *, warn: bool = False) -> None:
@@ -158,6 +189,9 @@ class Metrics:
             self._board = board
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
+        self._shown = time.monotonic()
+        if self._losses:
+            values = {**values, "loss_mean": sum(self._losses) / len(self._losses)}
         shown = [
             text.format(clock(values[key]) if key == "seconds_left" else values[key])
             for key, text in _CONSOLE.items()

@@ -130,7 +130,13 @@ class Throughput:
         self.marked_phases = dict(self.clock.seconds)
 
     def measure(self, now: float, step: int, total: int) -> dict[str, float]:
-        """Rates since the last mark, evaluation and saving left out; begins a new interval.
+        """Rates since the last mark; begins a new interval."""
+        values = self.rates(now, step, total)
+        self.mark(now, step)
+        return values
+
+    def rates(self, now: float, step: int, total: int) -> dict[str, float]:
+        """Rates since the last mark, evaluation and saving left out.
 
         ``phase_percent/NAME`` is the share of the whole interval that this rank's host spent in a
         phase; where it waits for a GPU, that is in "reduce".
@@ -152,5 +158,4 @@ class Throughput:
         }
         if self.peak_flops:
             values["mfu_percent"] = 100 * rate * self.flops_per_image / self.peak_flops
-        self.mark(now, step)
         return values

@@ -210,6 +210,9 @@ class Trainer:
         self._stopping |= figures.stopping
         if guards.is_spike(figures.loss, self.state, self.config.faults):
             return not self._roll_back(result)
+        self.metrics.note_loss(figures.loss)
+        if result.step < self.state.step:  # else what acts on it says more
+            self.metrics.progress(result.step, figures.loss, self._rates)
         scaling = self.config.engine.precision == "fp16" and math.isfinite(figures.loss)
         if not result.applied and not scaling:
             keys_of = self.task.sample_keys
@@ -226,6 +229,9 @@ class Trainer:
             run=self.directory,
         )
         return True
+
+    def _rates(self) -> dict[str, float]:
+        return self.throughput.rates(time.monotonic(), self.state.step, self.schedule.total)
 
     def _roll_back(self, spike: StepResult) -> bool:
         """Return to the last checkpoint, but go on with the samples after the spike.
