@@ -170,7 +170,15 @@ class EngineConfig:
     rules choose. timed: so on any device. rules: never timed. Else a kernels.json to take the
     choice from."""
     channels_last: bool = True
-    """Keep images and convolution weights in the memory layout NHWC."""
+    """Keep images in the memory layout NHWC. Weights lie in ZeRO's flat tensors as they are."""
+    bucket: CountOrZero = 0
+    """Elements of the gradient that ZeRO-2 and 3 sum over the ranks at once; 0: all, up to 500 M.
+    With ``overlap`` several must fit into the model: 25_000_000, say."""
+    overlap: bool = False
+    """ZeRO-2 and 3: sum full buckets while the backward pass goes on. DeepSpeed then waits for the
+    device at the end of each backward pass. ZeRO-1 sums once a step, after the last one."""
+    tf32: bool = False
+    """fp32 runs on a GPU: let products and convolutions round their inputs to TF32."""
 
 
 @dataclass

@@ -56,8 +56,13 @@ def deepspeed_config(
     """
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
-        "reduce_bucket_size": min(parameters, _LARGEST_BUCKET),
+        "reduce_bucket_size": min(parameters, engine.bucket or _LARGEST_BUCKET),
+        "overlap_comm": engine.overlap and engine.zero_stage > 1,
     }
+    if engine.zero_stage < 3:
+        # A bucket is summed whole, once, in fp32, instead of weight by weight; DeepSpeed's other
+        # way sums over all ranks just as well.
+        zero["reduce_scatter"] = False
     if engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it computes the weight gradient differently
     settings: dict[str, Any] = {
@@ -105,6 +110,9 @@ class Engine:
         self._applied_steps = 0
         self.dtype = DTYPES[engine.precision]
         self._channels_last = engine.channels_last
+        if world.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = engine.tf32
+            torch.backends.cudnn.allow_tf32 = engine.tf32
         masters = {name: p.detach().cpu().float().clone() for name, p in model.named_parameters()}
         self.groups = param_groups(
             model, layer_decay=optim.layer_decay, decay=optim.decay, train=optim.train
@@ -270,8 +278,8 @@ class Engine:
     @torch.no_grad()
     def param_norm(self) -> float:
         """L2 norm of the fp32 master weights over all ranks."""
-        square = sum(float(flat.detach().double().square().sum()) for flat in self._flats)
-        return self.world.sum([square])[0] ** 0.5
+        norms = torch._foreach_norm([flat.detach() for flat in self._flats], 2, torch.float64)
+        return self.world.sum([float(torch.stack(list(norms)).square().sum())])[0] ** 0.5
 
     def close(self) -> None:
         """Release DeepSpeed's hooks."""

@@ -118,9 +118,13 @@ class Saver:
     def _copy(self, engine: Engine) -> list[tuple[TensorSlice, torch.Tensor]]:
         """This rank's tensors on the host; rank 0 takes the buffers, equal on all ranks."""
         copies = []
+        flats: dict[int, torch.Tensor] = {}  # shards lie in a few flat tensors: one copy of each
         for key, shard, view in engine.tensors():
             piece = TensorSlice(key, shard.shape, shard.start, shard.numel)
-            copies.append((piece, _to_host(view)))
+            at = view.untyped_storage().data_ptr()
+            if at not in flats:
+                flats[at] = _to_host(_whole(view))
+            copies.append((piece, flats[at].narrow(0, view.storage_offset(), view.numel())))
         if self.world.main:
             for key, buffer in engine.buffers().items():
                 piece = TensorSlice(key, tuple(buffer.shape), 0, buffer.numel())
@@ -183,6 +187,12 @@ class Saver:
                 f" {free:,} bytes free in {self.run}); make room and run it again, or raise"
                 " checkpoint.max_failures"
             )
+
+
+def _whole(view: torch.Tensor) -> torch.Tensor:
+    """Everything in the storage of ``view``, as one flat tensor."""
+    numel = view.untyped_storage().nbytes() // view.element_size()
+    return view.detach().as_strided((numel,), (1,), 0)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

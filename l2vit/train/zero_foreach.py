@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO-1 step with one operator for many weights, where its own takes one for each.
+"""DeepSpeed's ZeRO-1 and 2 with one operator for many weights, where its own takes one for each.
 
 DeepSpeed casts, accumulates and measures the gradient of every weight tensor by itself: about
-1,500 launches a step of l2vit_base. The same values go through foreach operators and through the
-flat buffers that hold the gradients anyway.
+1,500 launches a step of l2vit_base at ZeRO-1, 7,500 at ZeRO-2. The same values go through foreach
+operators and through the flat buffers that hold the gradients anyway.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-_NEEDED = (
+_NEEDED_1 = (
     "bf16_groups",
     "fp32_groups_gradients",
     "fp32_groups_gradients_flat",
@@ -22,16 +23,107 @@ _NEEDED = (
 )
 
 
+_NEEDED_2 = (
+    "_add_full_reduction_to_compact_grad_partition",
+    "_get_compact_grad_partition_buffer",
+    "_update_model_bit16_weights",
+    "_use_compact_grad_partition_buffer",
+    "averaged_gradients",
+    "bit16_groups_flat",
+    "dp_process_group",
+    "grad_partition_insertion_offset",
+    "grad_start_offset",
+    "has_overflow_partitioned_grads_serial",
+    "ipg_buckets",
+    "partition_size",
+    "real_dp_process_group",
+    "scaled_global_norm",
+)
+
+
 def use_foreach(optimizer: Any) -> bool:
-    """Make DeepSpeed's ``BF16_Optimizer`` work so; False, and nothing done, for any other."""
-    if type(optimizer).__name__ != "BF16_Optimizer" or optimizer.has_moe_layers:
-        return False
-    if not all(hasattr(optimizer, name) for name in _NEEDED) or optimizer.immediate_grad_update:
-        return False
-    gradients = _Gradients(optimizer)
-    optimizer.update_hp_grads = gradients.accumulate
-    optimizer.get_grads_for_norm = gradients.flat
-    return True
+    """Make DeepSpeed's optimizer of ZeRO-1 (``BF16_Optimizer``) or ZeRO-2 (and ZeRO-1 in fp32 and
+    fp16; ``DeepSpeedZeroOptimizer``) work so; False, and nothing done, for any other."""
+    name = type(optimizer).__name__
+    if name == "BF16_Optimizer" and _has(optimizer, _NEEDED_1):
+        if optimizer.immediate_grad_update:
+            return False
+        gradients = _Gradients(optimizer)
+        optimizer.update_hp_grads = gradients.accumulate
+        optimizer.get_grads_for_norm = gradients.flat
+        return True
+    if name == "DeepSpeedZeroOptimizer" and _has(optimizer, _NEEDED_2):
+        if optimizer.cpu_offload:
+            return False
+        partition = _Partition(optimizer)
+        optimizer._add_full_reduction_to_compact_grad_partition = partition.add
+        optimizer.has_overflow_partitioned_grads_serial = partition.not_finite
+        optimizer.scaled_global_norm = partition.norm
+        # Weights are views of the flat tensor that ranks gather: nothing is left to be set.
+        optimizer._update_model_bit16_weights = lambda group: None
+        return True
+    return False
+
+
+def _has(optimizer: Any, names: tuple[str, ...]) -> bool:
+    return not optimizer.has_moe_layers and all(hasattr(optimizer, name) for name in names)
+
+
+class _Partition:
+    """This rank's part of the gradients at ZeRO-2."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._square: Tensor | None = None
+        """Of the norm of this rank's gradients; kept from the check for the norm."""
+
+    @torch.no_grad()
+    def add(self, reduced: Tensor, communication_dtype: torch.dtype) -> None:
+        """Add a bucket of gradients, summed over the ranks, to what is kept of them here."""
+        held, offset = self._optimizer, 0
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+        for group, place, parameter in held.ipg_buckets[communication_dtype].params:
+            numel = held.bit16_groups[group][place].numel()
+            rank = dist.get_rank(group=held.real_dp_process_group[group])
+            starts = held.grad_start_offset[group][rank]
+            if parameter in starts and held._use_compact_grad_partition_buffer(group):
+                into = int(held.grad_partition_insertion_offset[group][rank][parameter])
+                start = int(starts[parameter])
+                count = int(min(numel - start, held.partition_size[group] - into))
+                if count > 0:
+                    flat = held._get_compact_grad_partition_buffer(group).flat_partition
+                    sources.append(reduced.narrow(0, offset + start, count))
+                    targets.append(flat.narrow(0, into, count))
+            offset += numel
+        if targets:
+            torch._foreach_add_(targets, sources)
+
+    @torch.no_grad()
+    def not_finite(self) -> Tensor:
+        """Whether a gradient kept here is infinite or no number."""
+        self._square = self._measured()
+        return ~torch.isfinite(self._square).reshape(1)
+
+    @torch.no_grad()
+    def norm(self, norm_type: int = 2) -> Tensor:
+        """L2 norm over all ranks."""
+        square, self._square = self._square, None
+        if square is None:
+            square = self._measured()
+        dist.all_reduce(square, group=self._optimizer.dp_process_group)
+        return square.sqrt().float()
+
+    def _measured(self) -> Tensor:
+        norms = torch._foreach_norm(self._tensors(), 2, torch.float64)
+        return torch.stack(list(norms)).square().sum()
+
+    def _tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for kept in self._optimizer.averaged_gradients.values():
+            flat = getattr(kept, "flat_partition", None)
+            found += [flat] if flat is not None else [g for g in kept or [] if g is not None]
+        return found
 
 
 class _Gradients:

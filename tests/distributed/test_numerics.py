@@ -96,7 +96,7 @@ def engine_loop(world, cases):
     return [run_case(world, **case) for case in cases]
 
 
-def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.0):
+def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.0, **engine):
     from l2vit.data.order import split
     from l2vit.train.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig
     from l2vit.train.engine import Engine
@@ -108,6 +108,7 @@ def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.
     )
     config.engine.zero_stage, config.engine.precision = stage, precision
     config.engine.channels_last = False
+    vars(config.engine).update(engine)
     config.ema.decay, config.optim.clip_grad = DECAY, clip
     size = GLOBAL_BATCH // (world.size * accumulation)
     parts = split(GLOBAL_BATCH, world=world.size, micro_batch=size)
@@ -195,10 +196,11 @@ def test_every_stage_and_accumulation_follows_the_plain_loop(world, tmp_path):
     cases.append({"stage": stage, **fp32})
     # Clipping multiplies in another order; in bf16 such a last bit may turn a rounded weight.
     cases.append({"stage": stage, **fp32, "clip": 0.3})
+    cases.append({"stage": 2, "accumulation": 2, "overlap": True, "bucket": 1000})
     by_rank = Ranks(engine_loop, world, cases, directory=tmp_path).results()
     references = {}
     for case, result in zip(cases, by_rank[0], strict=True):
-        options = {k: v for k, v in case.items() if k != "stage"}
+        options = {k: v for k, v in case.items() if k not in ("stage", "overlap", "bucket")}
         key = tuple(sorted(options.items()))
         if key not in references:
             references[key] = plain_loop(world, **options)
