@@ -111,11 +111,15 @@ def _print_scores(kinds: dict[str, CocoScores]) -> None:
     print(f"{'':6}" + "".join(f"{name:>11}" for name in coco.FIGURES))
     for kind, scores in kinds.items():
         values = (scores.figures[name] for name in coco.FIGURES)
-        print(f"{kind:6}" + "".join(f"{100 * value:11.1f}" for value in values))
+        print(f"{kind:6}" + "".join(f"{_percent(value):>11}" for value in values))
     for kind, scores in kinds.items():
         listed = sorted(scores.per_class.items(), key=lambda item: item[1])
         worst = [f"{name} {100 * ap:.1f}" for name, ap in listed if ap >= 0][:5]
         print(f"{kind}: lowest AP: {', '.join(worst) or 'no class occurs'}")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}" if value >= 0 else "-"  # COCO's -1: no object of that size
 
 
 def _draw_curves(kinds: dict[str, CocoScores], path: Path) -> None:

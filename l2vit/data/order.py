@@ -206,14 +206,22 @@ class Split:
         return self.micro_batch * self.accumulation * self.world
 
 
-def split(global_batch: int, *, world: int, micro_batch: int = 0, multiple_of: int = 1) -> Split:
+def split(
+    global_batch: int,
+    *,
+    world: int,
+    micro_batch: int = 0,
+    multiple_of: int = 1,
+    multiple_key: str = "augment.mix_group",
+) -> Split:
     """Divide the global batch over ``world`` ranks.
 
     Args:
         global_batch: images per optimizer step over all ranks.
         world: number of ranks.
         micro_batch: images per rank and backward pass; 0 takes a rank's whole share at once.
-        multiple_of: what must divide the micro-batch (``mix_group``).
+        multiple_of: what must divide the micro-batch.
+        multiple_key: the setting that says so, for messages.
 
     Raises:
         ConfigError: no such division; lists the possible ones.
@@ -222,7 +230,7 @@ def split(global_batch: int, *, world: int, micro_batch: int = 0, multiple_of: i
     if not options:
         raise ConfigError(
             f"schedule.global_batch: {global_batch} cannot be divided over {world} ranks in"
-            f" micro-batches that are multiples of {multiple_of} (augment.mix_group);"
+            f" micro-batches that are multiples of {multiple_of} ({multiple_key});"
             f" the nearest that can is {_nearest(global_batch, world * multiple_of)}"
         )
     chosen = micro_batch or options[0].micro_batch

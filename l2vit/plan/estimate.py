@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from l2vit.data.order import Split, mix_group, possible, split
 from l2vit.errors import ConfigError
@@ -221,7 +222,7 @@ def _tracer(config: TrainConfig, classes: int) -> Tracer:
 
 def _choose(config: TrainConfig, cluster: Cluster, tracer: Tracer) -> Split:
     """The configured micro-batch, or the largest that fits into the device."""
-    options = {"world": cluster.ranks, "multiple_of": mix_group(config.augment)}
+    options: dict[str, Any] = {"world": cluster.ranks, "multiple_of": mix_group(config.augment)}
     batch = config.schedule.global_batch
     if config.engine.micro_batch:
         return split(batch, micro_batch=config.engine.micro_batch, **options)

@@ -44,6 +44,7 @@ class Classification:
     """
 
     headline = "/top1_percent"
+    batch_multiple_key = "augment.mix_group"
 
     def __init__(self, config: TrainConfig) -> None:
         if not config.data.train:

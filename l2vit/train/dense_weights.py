@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l2vit import files
+from l2vit.dense.config import DetectorConfig, SegmentorConfig
 from l2vit.errors import UserError
 from l2vit.models.convert import require_fit
 from l2vit.models.families.resize import resize_tables
@@ -71,10 +72,11 @@ def read_dense(path: Path, weights: checkpoint.Weights = "auto") -> DenseWeights
     if not path.is_dir():
         raise UserError(f"no such model: {path} (expected a run, checkpoint or export)")
     found = checkpoint.find(path)
-    meta = checkpoint.read_meta(found)
+    reader = checkpoint.Reader(found)
+    meta = reader.meta
     if meta.config.get("task") not in TASKS:
         raise UserError(f"{found} holds a classifier, neither a detector nor a segmentor")
-    which = weights if weights != "auto" else "ema" if meta.has_ema else "raw"
+    which = reader.choose(weights).which
     return DenseWeights(
         path=found,
         task=meta.config["task"],
@@ -129,14 +131,18 @@ def export_record(source: DenseWeights) -> dict[str, Any]:
 
 
 def load_initial(
-    network: nn.Module, init: InitConfig, *, backbone: str, classes: Sequence[str]
+    network: nn.Module,
+    init: InitConfig,
+    *,
+    model: DetectorConfig | SegmentorConfig,
+    classes: Sequence[str],
 ) -> TransferReport:
     """Load ``init.source`` into a fresh detector or segmentor and say what became of each tensor.
 
     Args:
         network: freshly initialised.
         init: where from, and what to do with the class outputs of another detector.
-        backbone: the backbone's name in timm's registry.
+        model: the settings of ``network``.
         classes: names of the classes.
 
     Raises:
@@ -144,8 +150,8 @@ def load_initial(
     """
     path = Path(init.source)
     if is_dense(path):
-        return _from_dense(network, read_dense(path, init.weights), init, backbone, classes)
-    return _from_classifier(network, init, backbone, classes)
+        return _from_dense(network, read_dense(path, init.weights), init, model, classes)
+    return _from_classifier(network, init, model.name, classes)
 
 
 def _from_classifier(
@@ -189,14 +195,20 @@ def _from_dense(
     network: nn.Module,
     source: DenseWeights,
     init: InitConfig,
-    backbone: str,
+    model: DetectorConfig | SegmentorConfig,
     classes: Sequence[str],
 ) -> TransferReport:
+    backbone, head = model.name, model.head
     rows = _class_rows(source, init, classes)
     own = network.state_dict()
+    where = f"init.source {source.path}"
+    if source.settings["model"]["head"] != head:
+        raise UserError(
+            f"{where} is a {source.settings['model']['head']}, this run a {head}: start from its"
+            " kind, or from a classifier"
+        )
     outputs = class_outputs(network, len(classes))
     skip = tuple(outputs)
-    where = f"init.source {source.path}"
     require_fit(source.weights, own, where=where, model=backbone, skip=skip)
     fates = []
     with torch.no_grad():

@@ -50,6 +50,7 @@ class Detection:
     """
 
     headline = "/bbox_AP"
+    batch_multiple_key = "data.group"
     exact_order = True
 
     def __init__(self, config: DetectConfig) -> None:
@@ -82,8 +83,8 @@ class Detection:
         init = self._config.init
         if not init.source:
             return None
-        name, classes = self._config.model.name, self.data.classes
-        return dense_weights.load_initial(network, init, backbone=name, classes=classes)
+        settings, classes = self._config.model, self.data.classes
+        return dense_weights.load_initial(network, init, model=settings, classes=classes)
 
     def flops_per_image(self, network: nn.Module) -> float:
         """Six times the products at the largest training size."""

@@ -45,6 +45,7 @@ class Segmentation:
     headline = "/mIoU"
     exact_order = True
     batch_multiple = 1
+    batch_multiple_key = "schedule.global_batch"  # never named: 1 divides everything
 
     def __init__(self, config: SegmentConfig) -> None:
         self._config = config
@@ -80,8 +81,8 @@ class Segmentation:
         init = self._config.init
         if not init.source:
             return None
-        name, classes = self._config.model.name, self.data.classes
-        return dense_weights.load_initial(network, init, backbone=name, classes=classes)
+        settings, classes = self._config.model, self.data.classes
+        return dense_weights.load_initial(network, init, model=settings, classes=classes)
 
     def flops_per_image(self, network: nn.Module) -> float:
         """Six times the products on a crop."""

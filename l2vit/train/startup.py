@@ -226,6 +226,7 @@ def _split(config: TrainConfig, task: Task[Any], network: nn.Module, world: Worl
         world=world.size,
         micro_batch=config.engine.micro_batch,
         multiple_of=task.batch_multiple,
+        multiple_key=task.batch_multiple_key,
     )
     if not (config.engine.auto_micro_batch and model.probes_memory(world)):
         return shares

@@ -36,7 +36,8 @@ class TrainState:
     order: str = ""
     """Fingerprint of the order that ``images_seen`` counts in."""
     best_accuracy: float = -1.0
-    """Highest top-1 so far, in percent; -1 before the first evaluation."""
+    """Highest figure of ``headline`` so far, in its own unit: percent for classification, a share
+    for detection and segmentation. -1 before the first evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
     evaluated_step: int = -1

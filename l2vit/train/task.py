@@ -119,6 +119,8 @@ class Task(Protocol[Targets]):
     data: TrainingData
     batch_multiple: int
     """What must divide a micro-batch: samples that belong together must not span ranks."""
+    batch_multiple_key: str
+    """The setting that says so, for messages."""
     exact_order: bool
     """False where samples stream in: then an epoch is not each sample once."""
     headline: str

@@ -320,7 +320,7 @@ class Trainer:
         self.state.metrics, self.state.evaluated_step = values, self.state.step
         self.metrics.log(self.state.step, values, images_seen=self.state.images_seen)
         self.metrics.picture(self.state.step, "val/predictions", self.evaluator.picture())
-        shown = [f"{k} {v:.2f}" for k, v in values.items() if k.endswith(self.task.headline)]
+        shown = [f"{k} {v:.4g}" for k, v in values.items() if k.endswith(self.task.headline)]
         self.metrics.say(f"step {self.state.step:,}: {', '.join(shown)}")
 
     def save(self) -> None:
