@@ -106,25 +106,34 @@ def end_sessions(sessions: Set[int], *, grace: float) -> tuple[int, list[int]]:
     Returns:
         How many processes had been left, and those that could not be ended.
     """
-    return _end(lambda: [p.pid for p in living() if p.session in sessions], grace)
+    return _end(lambda process: process.session in sessions, grace)
 
 
 def end_marked(mark: bytes, *, grace: float, spare: int) -> int:
     """End the processes with ``mark`` in their environment but ``spare``; returns their number."""
-    return _end(lambda: [p.pid for p in marked(mark) if p.pid != spare], grace)[0]
+    return _end(lambda p: p.pid != spare and mark in _variables(p.pid), grace)[0]
 
 
-def _end(left: Callable[[], list[int]], grace: float) -> tuple[int, list[int]]:
-    found = left()
+def _end(belongs: Callable[[Process], bool], grace: float) -> tuple[int, list[int]]:
+    found = _left(belongs)
     if not found:
         return 0, []
     send(found, signal.SIGTERM)
-    deadline = time.monotonic() + grace
-    while (held := left()) and time.monotonic() < deadline:
+    held, deadline = found, time.monotonic() + grace
+    while (held := _left(belongs, held)) and time.monotonic() < deadline:
         time.sleep(0.1)
     deadline = time.monotonic() + KILLED
     while held and time.monotonic() < deadline:
         send(held, signal.SIGKILL)
         time.sleep(0.05)
-        held = left()
+        held = _left(belongs, held)
     return len(found), held
+
+
+def _left(belongs: Callable[[Process], bool], known: Iterable[int] = ()) -> list[int]:
+    """Those of ``known`` that are still there; all that there are when they are gone.
+
+    Looking at everybody is left for then: a node has thousands of processes.
+    """
+    alive = [p.pid for p in map(find, known) if p is not None and belongs(p)]
+    return alive or [process.pid for process in living() if belongs(process)]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -211,6 +212,21 @@ def test_a_process_that_nothing_ends_is_given_up(tmp_path, monkeypatch, capfd):
         assert f"cannot end process {held}:" in capfd.readouterr().err
     finally:
         send([int((tmp_path / "held").read_text())], signal.SIGKILL)
+
+
+def test_all_processes_are_looked_at_twice_however_long_an_end_takes(monkeypatch):
+    """One ignores SIGTERM; the child it starts meanwhile is found although nobody knew it."""
+    looked = []
+    living = processes.living
+    monkeypatch.setattr(processes, "living", lambda: looked.append(1) or living())
+    script = "trap 'sleep 3600 & echo $!' TERM; echo up; while :; do sleep 0.05; done"
+    command = ["bash", "-c", script]
+    shell = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert shell.stdout.readline() == "up\n"
+    assert processes.end_session(shell.pid, grace=1.0) >= 1
+    assert shell.wait() == -signal.SIGKILL
+    assert processes.find(int(shell.stdout.readline())) is None
+    assert len(looked) <= 4
 
 
 def test_progress_is_read_from_the_run_directory(tmp_path):
