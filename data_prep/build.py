@@ -62,6 +62,7 @@ def build(options: Options) -> dict[str, Manifest]:
         _claim(options, workspace)
         finished = _finished(options, workspace)
         if finished:
+            workspace.tidy()  # the call that wrote the last manifest may have been killed then
             print(f"{options.out} is already complete", flush=True)
             return {part: Manifest.load(path) for part, path in finished.items()}
         work = _list(options, workspace)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -212,8 +213,15 @@ def complete_steps(run: Path) -> list[int]:
 
 
 def torn_steps(run: Path) -> list[int]:
-    """Steps of the saves in ``run`` that a kill interrupted."""
-    return [s for s in _steps(run) if not (step_directory(run, s) / META_NAME).is_file()]
+    """Steps of the saves in ``run`` that a kill interrupted: only these may be deleted."""
+    places = ((step, step_directory(run, step)) for step in _steps(run))
+    return [s for s, at in places if at.is_dir() and not os.path.lexists(at / META_NAME)]
+
+
+def strange(run: Path) -> list[Path]:
+    """What no save leaves: a file in place of a checkpoint, or no file in place of its index."""
+    known = {*complete_steps(run), *torn_steps(run)}
+    return [step_directory(run, step) for step in _steps(run) if step not in known]
 
 
 def find(path: Path) -> Path:

@@ -59,6 +59,9 @@ def _prepare(directory: Path, config: TrainConfig) -> None:
             file=sys.stderr,
         )
         checkpoint.remove(checkpoint.step_directory(directory, step))
+    for path in checkpoint.strange(directory):
+        aside = files.set_aside(path)
+        print(f"warning: {path} is no checkpoint; kept as {aside.name}", file=sys.stderr)
     if config.checkpoint.mirror and not checkpoint.complete_steps(directory):
         found = Mirror(config.checkpoint.mirror).fetch_newest(directory)
         if found is not None:

@@ -13,6 +13,7 @@ from shard_contents import samples, tree
 
 import data_prep.build
 import data_prep.gather
+import data_prep.records
 import data_prep.scan
 import data_prep.shards
 from data_prep.__main__ import main
@@ -111,6 +112,28 @@ def test_finished_work_is_not_done_again(tmp_path, source, reference, monkeypatc
     assert tree(out) == reference
     monkeypatch.setattr(data_prep.shards, "write_records", forbidden)
     assert main(words(source, out, 1)) == 0  # complete: nothing at all is done
+
+
+def test_what_a_kill_after_the_last_manifest_left_is_removed(
+    tmp_path, source, reference, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def killed(_):
+        raise OSError("pulled the plug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_prep.records.Workspace, "tidy", killed)
+        with pytest.raises(OSError, match="plug"):
+            main(words(source, out, 1))
+    needless = {"parts", "spool", "staged", "gathered", "done", "records.bin", "fate.npy"}
+    assert {path.name for path in (out / ".build").iterdir()} >= needless
+    assert main(words(source, out, 1)) == 0
+    left = {path.name for path in (out / ".build").iterdir()}
+    assert left.isdisjoint(
+        {"parts", "spool", "staged", "gathered", "done", "records.bin", "fate.npy"}
+    )
+    assert tree(out) == reference
 
 
 def test_a_full_disk_is_a_clear_error_and_no_loss(tmp_path, source, reference, capfd):

@@ -92,3 +92,27 @@ def test_a_line_cut_short_by_a_kill_is_no_damage(config, capfd):
         stream.write('{"step": 11, "lo')
     metrics.Metrics(run, main=True, total_steps=20, resumed_step=8).close()
     assert aside(run) == [] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "dangling link"])
+def test_only_an_interrupted_save_is_deleted(what, config, capfd):
+    """What stands in place of a checkpoint or of its index is kept, with the parts beside it."""
+    run = prepare(config)
+    capfd.readouterr()
+    torn, odd = (checkpoint.step_directory(run, step) for step in (12, 16))
+    torn.mkdir()
+    (torn / checkpoint.part_name(0, 1)).write_bytes(b"half")
+    if what == "file":
+        odd.write_bytes(b"weights")
+    else:
+        odd.mkdir()
+        (odd / checkpoint.part_name(0, 1)).write_bytes(b"weights")
+        index = odd / checkpoint.META_NAME
+        index.mkdir() if what == "directory" else index.symlink_to("nowhere")
+    prepare(config)
+    told = capfd.readouterr().err
+    assert "the save of step 12 was interrupted" in told and "is no checkpoint; kept as" in told
+    (kept,) = (run / checkpoint.FOLDER).glob("damaged-step-00000016-*")
+    held = kept if what == "file" else kept / checkpoint.part_name(0, 1)
+    assert held.read_bytes() == b"weights"
+    assert not torn.exists() and checkpoint.complete_steps(run) == [8]
