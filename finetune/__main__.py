@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("finetune.train", "fine-tune as one rank; launch/finetune.sh starts all of them"),
     "evaluate": ("finetune.evaluate", "exact accuracy on shards or folders of pictures"),
     "export": ("finetune.export_timm", "a directory timm loads, proven to be the same model"),
+    "publish": ("finetune.publish", "an exported directory to a repository of Hugging Face's hub"),
     "look": ("finetune.look", "Grad-CAM, attention maps and clamped denominators as pictures"),
     "detect": ("finetune.detect", "score, predict with, describe and export detectors"),
     "segment": ("finetune.segment", "score, predict with, describe and export segmentors"),

@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import nn
 
-from finetune import datasets, formats, model_card, sample_images, verification
+from finetune import card_data, datasets, formats, model_card, sample_images, verification
 from finetune.evaluate import WEIGHTS_HELP, Setting, default_device, evaluate_model
 from finetune.sample_images import Sample
 from l2vit import cli, files
@@ -185,7 +185,7 @@ def _fill(
     names = sorted(path.name for path in directory.iterdir())
     certificate["sha256"] = {name: files.sha256_file(directory / name) for name in names}
     certificate["versions"] = {"torch": torch.__version__, "timm": timm.__version__}
-    files.write_json(directory / CERTIFICATE, certificate)
+    files.write_json(directory / CERTIFICATE, card_data.without_local_paths(certificate))
     _print(certificate)
 
 

@@ -8,16 +8,12 @@ from typing import Any
 
 import yaml
 
+from finetune import card_data
 from finetune.verification import Proof
 from l2vit.train.weights import Preprocessing, PretrainedWeights
 
 _CARD = """---
-library_name: timm
-pipeline_tag: image-classification
-tags:
-- image-classification
-- timm
-- l2vit
+{front_matter}
 ---
 # {title}
 
@@ -87,15 +83,14 @@ def timm_config(
             "mean": list(shown.mean),
             "std": list(shown.std),
             "num_classes": source.num_classes,
+            "license": card_data.LICENSE,
+            **({"tag": card_data.tag(source)} if card_data.tag(source) else {}),
         },
-        "training": _record(source),
+        "training": card_data.without_local_paths(_record(source)),
     }
-    if source.classes:
-        config["label_names"] = list(source.classes)
-        if source.class_names:
-            names = zip(source.classes, source.class_names, strict=True)
-            config["label_descriptions"] = dict(names)
-    return config
+    whole, inner = card_data.labels(source)
+    config["pretrained_cfg"] |= inner
+    return config | whole
 
 
 def _record(source: PretrainedWeights) -> dict[str, Any]:
@@ -128,7 +123,8 @@ def card(
     """
     shown, recipe = source.preprocessing, source.training.get("config", {})
     about = recipe.get("about", {})
-    return _CARD.format(
+    text = _CARD.format(
+        front_matter=card_data.front_matter(source, full, title=out.name).rstrip(),
         title=out.name,
         origin=_origin(source),
         model=source.model,
@@ -148,6 +144,7 @@ def card(
         commands=_commands(about, command, out),
         changed=_changed(source),
     )
+    return str(card_data.without_local_paths(text))
 
 
 def _crop(shown: Preprocessing) -> str:

@@ -21,6 +21,7 @@ COMMANDS = {
     "keys": ("pretrain.keys", "what the keys of a configuration mean"),
     "evaluate": ("finetune.evaluate", "exact accuracy on shards or folders of pictures"),
     "export": ("finetune.export_timm", "a directory timm loads, proven to be the same model"),
+    "publish": ("finetune.publish", "an exported directory to a repository of Hugging Face's hub"),
     "look": ("finetune.look", "Grad-CAM, attention maps and clamped denominators as pictures"),
     "timm": ("l2vit.__main__", "one of timm's scripts, with our models registered"),
     "completion": ("l2vit.__main__", "bash completion: source <(l2vit completion)"),
@@ -65,7 +66,7 @@ _COMPLETION = """_l2vit() {{
     l2vit) words="{commands}" ;;
     data) words="build verify report" ;;
     pretrain) words="train plan preview runs keys" ;;
-    finetune) words="train evaluate export look" ;;
+    finetune) words="train evaluate export publish look detect segment" ;;
     --config) COMPREPLY=($(compgen -f -X '!*.yaml' -- "$word") $(compgen -d -- "$word")); return ;;
     keys|--help) words="{keys}" ;;
     *) words="--config --help --keys {overrides}"; compopt -o nospace ;;

@@ -153,7 +153,7 @@ def write_checkpoint(
         data={"sources": ["scikit-learn digits"]},
         git_commit="0123abc",
         versions={"torch": torch.__version__},
-        metrics={"val/top1": 50.0},
+        metrics={"val/top1_percent": 50.0},
         has_ema=ema is not None,
     )
     checkpoint.commit(directory, meta, parts)

@@ -60,7 +60,8 @@ def test_what_the_directory_holds(exported, run, model):
     assert config["architecture"] == "l2vit_mini"
     assert config["model_args"]["window_size"] == WINDOW
     assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 10
-    assert config["label_descriptions"] == dict(zip(WNIDS, NAMES, strict=True))
+    labels = dict(zip(WNIDS, NAMES, strict=True))
+    assert config["pretrained_cfg"]["label_descriptions"] == labels
     saved = safetensors.torch.load_file(exported / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], t) for name, t in model.state_dict().items())
@@ -73,7 +74,14 @@ def test_what_the_directory_holds(exported, run, model):
     assert proof["top1_right_trained"] == proof["top1_right_exported"]
     assert proof["largest_logit_difference"] <= proof["tolerance"]
     card = (exported / "README.md").read_text()
-    for text in ("library_name: timm", "m" * 64, "0123abc", "val/top1 50", "Limits", "local-dir:"):
+    for text in (
+        "library_name: timm",
+        "m" * 64,
+        "0123abc",
+        "val/top1_percent 50",
+        "Limits",
+        "local-dir:",
+    ):
         assert text in card
     assert not list(exported.parent.glob("*.tmp")) and not list(exported.parent.glob("*.old"))
 
