@@ -1,9 +1,11 @@
 """Slurm scripts, Kubernetes manifest, host file, run_all.sh: parsed or run with pretended tools."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -48,24 +50,76 @@ def test_environment_file_sets_only_what_it_says(tmp_path):
     assert names - {"PWD", "SHLVL", "_", "OLDPWD"} == {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"}
 
 
-def test_kubernetes_manifest():
-    (job,) = yaml.safe_load_all((LAUNCH / "kubernetes" / "pretrain.yaml").read_text())
+def manifests(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text()))
+
+
+def command_runs(container: dict, processes: int) -> None:
+    """What the container is told is a command of ours with a configuration that loads."""
+    assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == str(processes)
+    assert all(isinstance(variable["value"], str) for variable in container["env"])
+    script, flag, path, *overrides = container["args"]
+    assert container["command"] == ["torchrun"] and flag == "--config"
+    assert (ROOT / script).is_file()
+    settings = config.load(TrainConfig, ROOT / path, overrides)
+    assert settings.run.dir.startswith("/runs/") and settings.data.train.startswith("/data/")
+
+
+def mounts_what_it_names(pod: dict) -> None:
+    (container,) = pod["containers"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    assert pod["terminationGracePeriodSeconds"] >= 300
+
+
+def test_pytorchjob(monkeypatch):
+    """Kubeflow's own model of the job keeps all that the manifest says."""
+    import kubernetes.client
+    from kubeflow.training import models
+
+    (job,) = manifests("pretrain.yaml")
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     spec = job["spec"]
     assert set(spec["pytorchReplicaSpecs"]) == {"Master", "Worker"}
     for replica in spec["pytorchReplicaSpecs"].values():
         pod = replica["template"]["spec"]
+        mounts_what_it_names(pod)
         (container,) = pod["containers"]
         assert container["name"] == "pytorch", "the operator looks for this name"
-        assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == spec["nprocPerNode"]
-        mounts = {mount["name"] for mount in container["volumeMounts"]}
-        assert mounts == {volume["name"] for volume in pod["volumes"]}
-        assert all(isinstance(variable["value"], str) for variable in container["env"])
-        script, flag, path, *overrides = container["args"]
-        assert container["command"] == ["torchrun"] and flag == "--config"
-        assert (ROOT / script).is_file()
-        settings = config.load(TrainConfig, ROOT / path, overrides)
-        assert settings.run.dir.startswith("/runs/") and settings.data.train.startswith("/data/")
+        command_runs(container, spec["nprocPerNode"])
+    for name in (name for name in dir(models) if name.startswith("KubeflowOrg")):
+        monkeypatch.setattr(
+            kubernetes.client.models, name, getattr(models, name), raising=False
+        )  # where the client looks for the classes of the fields
+    client = kubernetes.client.ApiClient()
+    answer = types.SimpleNamespace(data=json.dumps(job))
+    read = client.deserialize(answer, models.KubeflowOrgV1PyTorchJob)
+    assert client.sanitize_for_serialization(read) == job
+
+
+def test_trainjob():
+    """The same under Kubeflow Trainer 2, whose models refuse wrong types."""
+    from kubeflow_trainer_api import models
+
+    runtime, job = manifests("trainjob.yaml")
+    read = models.TrainerV1alpha1TrainingRuntime.from_dict(runtime)
+    assert read.to_dict() == runtime
+    assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    assert runtime["apiVersion"] == job["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
+    assert (runtime["kind"], job["kind"]) == ("TrainingRuntime", "TrainJob")
+    assert job["spec"]["runtimeRef"] == {
+        "name": runtime["metadata"]["name"],
+        "kind": runtime["kind"],
+    }
+    (node,) = read.spec.template.spec.replicated_jobs
+    labels = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert node.name == "node" and node.template.metadata.labels == labels
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    mounts_what_it_names(pod["spec"])
+    trainer = job["spec"]["trainer"]
+    command_runs(trainer | {"resources": trainer["resourcesPerNode"]}, trainer["numProcPerNode"])
+    before = manifests("pretrain.yaml")[0]["spec"]["pytorchReplicaSpecs"]["Master"]
+    assert trainer["args"] == before["template"]["spec"]["containers"][0]["args"]
 
 
 SRUN = """#!/bin/bash
