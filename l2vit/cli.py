@@ -25,6 +25,7 @@ EXTRAS = {
     **dict.fromkeys(("deepspeed", "nvidia", "tensorboard", "sklearn"), "train"),
     **dict.fromkeys(("simplejpeg", "scipy", "rich", "matplotlib", "fsspec", "aiohttp"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    **dict.fromkeys(("wandb", "mlflow", "trackio"), "loggers"),
     **dict.fromkeys(("segmentation_models_pytorch", "pycocotools"), "dense"),
 }
 """Packages that only some programs need, and the extra of pyproject.toml that brings each."""

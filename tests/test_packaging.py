@@ -34,7 +34,7 @@ def test_extras_are_the_requirements():
     extras = {key: set(value) for key, value in PROJECT["optional-dependencies"].items()}
     needed = {r for r in requirements("requirements.txt") if name(r) not in ("torch", "timm")}
     assert extras["train"] | extras["dense"] == needed
-    assert extras["export"] < requirements("requirements-dev.txt")
+    assert extras["export"] | extras["loggers"] < requirements("requirements-dev.txt")
     assert {name(r) for r in PROJECT["dependencies"]} == {"torch", "timm"}
 
 
@@ -80,7 +80,7 @@ def test_its_metadata(wheel):
     assert found.version == l2vit.__version__
     (script,) = found.entry_points
     assert (script.name, script.value) == ("l2vit", "l2vit.__main__:main")
-    assert set(found.metadata.get_all("Provides-Extra")) == {"train", "export", "dense"}
+    assert set(found.metadata.get_all("Provides-Extra")) == {"train", "export", "dense", "loggers"}
 
 
 # -- the command
@@ -156,6 +156,7 @@ def test_a_missing_package_is_one_line(capsys):
 
 def test_missing_packages_have_an_extra_that_brings_them():
     imports = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
+    imports |= {"mlflow": "mlflow-skinny"}
     imports |= {"nvidia": "nvidia-dali-cuda130", "sklearn": "scikit-learn"}
     for package, extra in cli.EXTRAS.items():
         brought = {name(r) for r in PROJECT["optional-dependencies"][extra]}

@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from l2vit.config import to_tree
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
 from l2vit.data.storage import is_remote
 from l2vit.errors import ConfigError, UserError
-from l2vit.train import tasks
+from l2vit.train import loggers, tasks
 from l2vit.train.config import TrainConfig
 
 
@@ -24,12 +25,29 @@ def check(settings: TrainConfig) -> None:
         ConfigError: a setting; the message begins with its whole key.
         UserError: shards that are damaged or not there.
     """
+    can_be_logged(settings)
     if settings.task == tasks.DEFAULT:
         manifest = _training_data(settings)
         _steps(settings, manifest)
         _evaluation_data(settings, manifest)
     _first_weights(settings)
     _network(settings)
+
+
+def can_be_logged(settings: TrainConfig) -> None:
+    """Refuse loggers that are not installed, and passwords that ``config.yaml`` would show.
+
+    Raises:
+        ConfigError: names the key and the fix.
+    """
+    loggers.require(settings.log.sinks)
+    for key, value in loggers.flat(to_tree(settings)).items():
+        if loggers.has_password(str(value)):
+            raise ConfigError(
+                f"{key}: an address with a password would be written to config.yaml and shown by"
+                " loggers; give credentials through the environment or the client's own files",
+                key=key,
+            )
 
 
 def require_first_weights(settings: TrainConfig) -> None:

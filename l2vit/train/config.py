@@ -230,6 +230,13 @@ class LogConfig:
     """Optimizer steps between records; 0 for only the first step and the last."""
     denominators_every: CountOrZero = 0
     """Steps between histograms of the linear attention's denominators; 0 for never."""
+    histograms_every: CountOrZero = 0
+    """Steps between histograms of the parameters in TensorBoard; 0 for never."""
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where records go beside ``metrics.jsonl``. Addresses and credentials are each client's own
+    business: its environment variables and files."""
+    project: Text = "l2vit"
+    """Name of the project (wandb, trackio) or experiment (MLflow) that runs are filed under."""
     profile_steps: tuple[Count, ...] = ()
     """First and last step of a torch.profiler window."""
     peak_tflops: NotNegative = 0.0

@@ -1,4 +1,4 @@
-"""The one door for everything a run measures: metrics.jsonl, TensorBoard and the console."""
+"""The one door for everything a run measures: metrics.jsonl, loggers and the console."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from l2vit import cli, files
+from l2vit.train import loggers
 
 JSONL = "metrics.jsonl"
 _CONSOLE = {
@@ -43,13 +44,34 @@ class Metrics:
     wait for room, TensorBoard's curves have a gap.
     """
 
-    def __init__(self, run: Path, *, main: bool, total_steps: int, resumed_step: int = 0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        main: bool,
+        total_steps: int,
+        resumed_step: int = 0,
+        sinks: Sequence[str] = (loggers.TENSORBOARD,),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the files of a run.
+
+        Args:
+            run: its directory.
+            main: this is rank 0.
+            total_steps: of the whole run.
+            resumed_step: records after it are taken out.
+            sinks: the loggers beside ``metrics.jsonl``, as in ``log.sinks``.
+            settings: the configuration as a tree, shown by the loggers.
+        """
         self.path = run / JSONL
         self._main, self._total = main, total_steps
         self._stream: FileIO | None = None
         self._unwritten = b""
         self._warned = False
         self._board: Any = None
+        self._loggers: list[loggers.Background] = []
+        self._draws = loggers.TENSORBOARD in sinks
         self._live = False
         self._pictured = False
         self._losses: deque[float] = deque(maxlen=_MEAN_OVER)
@@ -59,6 +81,9 @@ class Metrics:
         truncate(self.path, resumed_step)
         self._stream = FileIO(self.path, "a")
         self._open_board(purge_step=resumed_step + 1 if resumed_step else None)
+        if settings is not None:
+            self._describe(settings)
+            self._loggers = loggers.start(sinks, run, settings)
 
     def log(self, step: int, values: Mapping[str, float], *, images_seen: int) -> None:
         """Write one record: scalars measured at the end of ``step`` optimizer steps."""
@@ -70,9 +95,11 @@ class Metrics:
             self._write()
             if self._board is None:
                 self._open_board()
-        for key, value in values.items():
-            name = key if "/" in key else f"train/{key}"
+        named = {key if "/" in key else f"train/{key}": value for key, value in values.items()}
+        for name, value in named.items():
             self._draw("add_scalar", name, value, step)
+        for logger in self._loggers:
+            logger.log(step, named)
         if "loss" in values:
             self._show(step, values)
 
@@ -158,13 +185,29 @@ class Metrics:
                 self._write()
             self._stream.close()
             self._draw("close")
+            for logger in self._loggers:
+                logger.close()
 
     def _write(self) -> None:
         assert self._stream is not None
         while self._unwritten:
             self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
 
+    def _describe(self, settings: Mapping[str, Any]) -> None:
+        """Show TensorBoard the configuration, as text and as hyperparameters of the accuracies."""
+        from torch.utils.tensorboard.summary import hparams
+
+        lines = json.dumps(settings, indent=2, default=str).splitlines()
+        self._draw("add_text", "configuration", "\n".join(f"    {line}" for line in lines))
+        if self._board is not None:
+            shown = dict.fromkeys(("train/loss", "val/top1_percent", "val_ema/top1_percent"), 0.0)
+            for summary in hparams(loggers.flat(settings), shown):
+                with self._patience():
+                    self._board.file_writer.add_summary(summary)
+
     def _open_board(self, **options: Any) -> None:
+        if not self._draws:
+            return
         from torch.utils.tensorboard import SummaryWriter  # heavy: rank 0 alone needs it
 
         self._board = SummaryWriter(str(self.path.parent), **options)

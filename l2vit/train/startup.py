@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from l2vit.config import to_tree
 from l2vit.data.order import Split, split
 from l2vit.data.rng import LATEST_DRAWS
 from l2vit.errors import ConfigError, UserError
 from l2vit.models.ops import choice
 from l2vit.train import (
     checkpoint,
+    checks,
     distributed,
     history,
     kernels,
@@ -106,6 +108,7 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer | None]:
     Raises:
         UserError: what a user can mend, the same on every rank or naming the rank.
     """
+    checks.can_be_logged(config)
     stop = StopSignal()
     world = distributed.start(
         distributed.from_environment(),
@@ -186,7 +189,12 @@ def _build(
         evaluator=evaluator,
         saver=Saver(directory, config.checkpoint, world=world, keep_every=every.keep),
         metrics=Metrics(
-            directory, main=world.main, total_steps=schedule.total, resumed_step=state.step
+            directory,
+            main=world.main,
+            total_steps=schedule.total,
+            resumed_step=state.step,
+            sinks=config.log.sinks,
+            settings=to_tree(config),
         ),
         throughput=Throughput(clock, shares.global_batch, flops, peak),
         denominators=Denominators(engine.module, world=world),

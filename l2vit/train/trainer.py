@@ -24,7 +24,7 @@ from l2vit import cli
 from l2vit.config import to_tree
 from l2vit.data.contact_sheet import contact_sheet
 from l2vit.errors import UserError
-from l2vit.train import checkpoint, guards, run_dir, throughput
+from l2vit.train import checkpoint, guards, histograms, run_dir, throughput
 from l2vit.train.checkpoint import CheckpointMeta, Reader
 from l2vit.train.config import TrainConfig
 from l2vit.train.denominators import Denominators
@@ -87,6 +87,8 @@ class Trainer:
                     self.log(result)
                 if self._due(self.config.log.denominators_every):
                     self.log_denominators()
+                if self._due(self.config.log.histograms_every):
+                    self.log_histograms()
                 if self._last or self._due(self.every.evaluate):
                     self.evaluate()
                 if self._last or self._stopping or self._due(self.every.save):
@@ -310,6 +312,11 @@ class Trainer:
             shares = self.denominators.report(self.metrics, self.state.step)
             if shares:
                 self.metrics.log(self.state.step, shares, images_seen=self.state.images_seen)
+
+    def log_histograms(self) -> None:
+        """Show the parameters' distributions."""
+        with self.clock("log"):
+            histograms.log_parameters(self.engine, self.metrics, self.state.step, self.world)
 
     def evaluate(self) -> None:
         """Measure the evaluation sets and record the figures."""
