@@ -70,6 +70,7 @@ def first_batch(
     images: int,
     images_seen: int,
     global_batch: int,
+    draws: int = 0,
 ) -> Batch:
     """The first ``images`` places of a step, on the CPU."""
     loader = train_loader(
@@ -80,6 +81,7 @@ def first_batch(
         rank=0,
         seed=seed,
         device=torch.device("cpu"),
+        draws=draws,
         images_seen=images_seen,
     )
     try:
@@ -126,6 +128,7 @@ def make_preview(settings: TrainConfig, *, images: int, images_seen: int) -> Pre
             images=images,
             images_seen=images_seen,
             global_batch=settings.schedule.global_batch,
+            draws=settings.run.draws,
         )
     batch = batches["pil"]
     stages: dict[str, np.ndarray] = {

@@ -15,7 +15,7 @@ import numpy as np
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 
 from l2vit.data.config import AugmentConfig
-from l2vit.data.rng import derive_key, uniforms
+from l2vit.data.rng import LATEST_DRAWS, derive_key, uniforms
 from l2vit.errors import ConfigError
 
 CROP_ATTEMPTS = 10
@@ -116,12 +116,21 @@ class AugmentParams:
 class AugmentSampler:
     """Draws the augmentation parameters of ``augment`` at ``input_size`` pixels.
 
+    Args:
+        augment: what is done, and how strongly.
+        input_size: of the pictures, pixels.
+        seed: the run's.
+        draws: version of the draws (``run.draws``), 0 for the newest.
+
     Raises:
         ConfigError: a RandAugment string that cannot be followed exactly.
     """
 
-    def __init__(self, augment: AugmentConfig, *, input_size: int, seed: int) -> None:
+    def __init__(
+        self, augment: AugmentConfig, *, input_size: int, seed: int, draws: int = 0
+    ) -> None:
         self.augment = augment
+        self.draws = draws or LATEST_DRAWS
         self.input_size = input_size
         self._seed = seed
         self._rand = parse_rand_augment(augment)
@@ -281,7 +290,8 @@ def _central_boxes(sizes: np.ndarray, ratios: tuple[float, float]) -> np.ndarray
 
 
 def erase_noise(key: int, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) float32 standard normal values of one erased box (timm's ``pixel``)."""
+    """(height, width, 3) float32 standard normal values of one erased box (timm's ``pixel``), as
+    version 1 of ``run.draws`` draws them; the newer way is in ``erasing.py``."""
     generator = np.random.Generator(np.random.Philox(key=int(key)))
     return generator.standard_normal((height, width, 3), dtype=np.float32)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from l2vit.data.augment import OP_NUMBER, OPS
-from l2vit.data.batch import upload
+from l2vit.data.device import upload
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 _LUMA = (19595, 38470, 7471)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from l2vit.data.augment import NO_OP, OP_NUMBER
 from l2vit.data.augment_gpu import GEOMETRIC, affine_matrix
-from l2vit.data.batch import upload
+from l2vit.data.device import upload
 
 _FIELDS = 9
 """Of a picture and layer, float64: mode, table, argument, affine matrix (6)."""

@@ -15,9 +15,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from l2vit.data import erasing
 from l2vit.data.augment import AugmentParams, erase_values
 from l2vit.data.bad_samples import BadRecord
 from l2vit.data.order import SampleOrder, Share
+from l2vit.data.rng import LATEST_DRAWS
 from l2vit.data.shards import BadSample, Sample, ShardReader
 
 T = TypeVar("T")
@@ -48,16 +50,22 @@ class DecodedBatch:
     """(n, S, S, 3) uint8, on the CPU or already on the device."""
     erase_boxes: np.ndarray | None = None
     """(n, 4) int64: top, left, height, width; height 0 for none."""
+    erase_keys: np.ndarray | None = None
+    """(n,) uint64: keys of the boxes' noise, to be drawn on the device."""
     erase_values: torch.Tensor | None = None
-    """(sum of height · width, 3) float32, the boxes' new pixels one after another."""
+    """(sum of height · width, 3) float32, the boxes' new pixels one after another; instead of keys
+    where draws are of version 1."""
     bad: list[BadRecord] = field(default_factory=list)
     complete: bool = True
     """False if the limit of bad samples was passed before every place was filled."""
 
-    def draw_erasing(self, params: AugmentParams) -> None:
-        """Take the erased boxes of ``params`` and draw their pixels (here, not on the device)."""
+    def draw_erasing(self, params: AugmentParams, *, draws: int = LATEST_DRAWS) -> None:
+        """Take the erased boxes of ``params``; version 1 of ``draws`` makes their pixels here."""
         self.erase_boxes = params.erase
-        self.erase_values = torch.from_numpy(erase_values(params.erase, params.noise_keys))
+        if draws == 1:
+            self.erase_values = torch.from_numpy(erase_values(params.erase, params.noise_keys))
+        else:
+            self.erase_keys = params.noise_keys
 
     def pin_memory(self) -> DecodedBatch:
         """Move the large parts to page-locked memory; torch's data loader calls this."""
@@ -207,7 +215,12 @@ class Normalizer:
         )
 
     def _erase(self, images: torch.Tensor, decoded: DecodedBatch) -> None:
-        if decoded.erase_boxes is None or decoded.erase_values is None:
+        if decoded.erase_boxes is None:
+            return
+        if decoded.erase_keys is not None:
+            erasing.erase(images, decoded.erase_boxes, decoded.erase_keys)
+            return
+        if decoded.erase_values is None:
             return
         values, used = decoded.erase_values.to(self._device, non_blocking=True), 0
         for place, (top, left, height, width) in enumerate(decoded.erase_boxes.tolist()):
@@ -215,11 +228,3 @@ class Normalizer:
                 patch = values[used : used + height * width].view(height, width, 3)
                 images[place, top : top + height, left : left + width] = patch
                 used += height * width
-
-
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """``array`` on ``device``; on a GPU without waiting for what is under way there."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -86,7 +86,7 @@ class TrainSource:
         )
         self.log.record(batch.bad, complete=batch.complete)
         params = self.sampler.sample(batch.plan.epoch, batch.plan.ids)
-        batch.draw_erasing(params)
+        batch.draw_erasing(params, draws=self.sampler.draws)
         boxes = self.sampler.boxes(params, np.array([size for _, size in encoded]))
         side = self.sampler.input_size
         inputs = _inputs(encoded, boxes, np.full_like(boxes[:, 2:], side), side, params.flip)

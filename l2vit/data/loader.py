@@ -53,6 +53,7 @@ def train_loader(
     rank: int,
     seed: int,
     device: torch.device,
+    draws: int = 0,
     images_seen: int = 0,
     bad_samples_log: Path | None = None,
 ) -> TrainLoader:
@@ -66,6 +67,7 @@ def train_loader(
         rank: this rank.
         seed: of the order and of the augmentation.
         device: where batches go.
+        draws: version of the draws (``run.draws``), 0 for the newest.
         images_seen: images consumed since the run began; a multiple of the global batch.
         bad_samples_log: file for unusable samples, shared by the ranks.
 
@@ -85,7 +87,7 @@ def train_loader(
     )
     planner = TrainPlanner(order, Share(rank, split), images_seen)
     planner.plan(0)  # refuse an impossible images_seen here, not in a worker
-    sampler = AugmentSampler(augment, input_size=data.input_size, seed=seed)
+    sampler = AugmentSampler(augment, input_size=data.input_size, seed=seed, draws=draws)
     reader = open_reader(data, where, manifest)
     log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=where)
     batches: Batches

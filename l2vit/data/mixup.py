@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from scipy.special import betaincinv
 
-from l2vit.data.batch import Batch, upload
+from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig
+from l2vit.data.device import upload
 from l2vit.data.rng import derive_key, uniforms
 from l2vit.errors import ConfigError
 

@@ -111,7 +111,7 @@ def augmented(
         fill=fill_colour(augment),
         interpolation=augment.interpolation,
     )
-    batch.draw_erasing(params)
+    batch.draw_erasing(params, draws=sampler.draws)
     return batch
 
 

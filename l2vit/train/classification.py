@@ -125,6 +125,7 @@ class Classification:
             rank=world.rank,
             seed=config.run.seed,
             device=world.device,
+            draws=config.run.draws,
             images_seen=images_seen,
             bad_samples_log=directory / LOG_NAME,
         )

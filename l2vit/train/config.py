@@ -44,7 +44,8 @@ class RunConfig:
     """Of first weights, order, augmentation, mixing and drop path."""
     draws: Literal[0, 1, 2] = 0
     """Version of the random draws made of the seed: 0 takes the newest for a new run, and for a
-    continued one the version it began with."""
+    continued one the version it began with. 2 draws the noise of erased boxes on the device, by
+    the formula in ``l2vit/data/erasing.py``; 1 drew it on the host."""
     resume: str = ""
     """Another run directory or checkpoint to continue exactly; this run's own comes first."""
 
