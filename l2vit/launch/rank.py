@@ -98,8 +98,9 @@ def _await_start(limit: float) -> None:
 
 
 def _training_began() -> bool:
-    throughput = sys.modules.get("l2vit.train.throughput")
-    return throughput is not None and throughput.training_began.is_set()
+    module = sys.modules.get("l2vit.train.throughput")
+    began = getattr(module, "training_began", None)  # the main thread may be importing it just now
+    return began is not None and began.is_set()
 
 
 def _waits_for_others() -> bool:

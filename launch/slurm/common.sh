@@ -13,23 +13,24 @@ export L2VIT_TOKEN
 # run_ranks SCRIPT ARGS: exits with the ranks' status, after queueing the job again where another
 # start may help (python -m l2vit.launch.requeue decides; never after scancel).
 run_ranks() {
-  local status=1 found step= told=0 waiting=1 python
+  local status=1 found step= told=0 caught=1 python
   python=$(find_python "$PWD") || exit 1
   # srun passes SIGUSR1 to every task; SIGTERM would end its step by force. The batch shell alone
   # gets the warning (--signal=B:), maybe before it knows srun's number.
-  trap 'told=1; echo "warned: asking the ranks to save"; [ -z "$step" ] || kill -USR1 "$step"' USR1
+  trap 'told=1 caught=1; echo "warned: asking the ranks to save"
+    [ -z "$step" ] || kill -USR1 "$step"' USR1
   # scancel and preemption tell the tasks themselves: only wait for them.
-  trap 'waiting=1' TERM
+  trap 'caught=1' TERM
   srun --kill-on-bad-exit=0 --wait=60 bash "$@" &
   step=$!
   [ "$told" -eq 0 ] || kill -USR1 "$step"
-  while [ "$waiting" -eq 1 ]; do
-    waiting=0
+  # A trapped signal ends the wait early with a status of its own: ask again for srun's, which the
+  # shell keeps until it has told it; 127 says that it has.
+  while [ "$caught" -eq 1 ]; do
+    caught=0
     wait "$step"
     found=$?
     [ "$found" -eq 127 ] || status=$found
-    # A trapped signal ends the wait early: wait again for the ranks themselves.
-    ! kill -0 "$step" 2>/dev/null || waiting=1
   done
   PYTHONPATH=$PWD "$python" -m l2vit.launch.requeue --status "$status" --warned "$told" "$@"
   exit "$status"

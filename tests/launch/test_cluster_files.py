@@ -125,6 +125,7 @@ def test_trainjob():
 SRUN = """#!/bin/bash
 echo "$@" >> "$CALLS"
 trap 'exit 75' USR1
+[ "$SRUN_STATUS" = late ] && { trap '' USR1; kill -USR1 $PPID; exit 0; }
 [ -n "$SRUN_STATUS" ] && exit "$SRUN_STATUS"
 kill -USR1 $PPID
 while :; do sleep 0.05; done
@@ -143,6 +144,7 @@ SLURM_CASES = [
     ("2", "RUNNING", 2, False),
     ("1", "CANCELLED", 1, False),
     ("", "RUNNING", 75, True),
+    ("late", "RUNNING", 0, True),  # the warning comes as the ranks end: theirs is the status
     ("", "COMPLETING", 75, False),
 ]
 
