@@ -19,6 +19,7 @@ import numpy as np
 
 from l2vit import files
 from l2vit.data.config import DataConfig
+from l2vit.data.shared_array import SharedArray
 from l2vit.data.storage import is_remote, open_source
 from l2vit.errors import UserError
 
@@ -51,6 +52,19 @@ class Shard:
     @property
     def index_name(self) -> str:
         return Path(self.name).with_suffix(".idx").name
+
+
+class ShardNames:
+    """Names of shards by number; what a worker process is sent of them does not grow with them."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._names = SharedArray(np.array([shard.name.encode() for shard in shards], np.bytes_))
+
+    def __len__(self) -> int:
+        return len(self._names.values)
+
+    def __getitem__(self, shard: int) -> str:
+        return self._names.values[shard].decode()
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,13 @@ import numpy as np
 
 from l2vit.data.config import AugmentConfig
 from l2vit.data.rng import derive_key, permutation, uniforms
+from l2vit.data.shared_array import SharedArray
 from l2vit.errors import ConfigError, UserError
 
 MIN_CHUNKS_PER_LANE = 8
 """Small data: the chunk shrinks until each lane is made of so many, down to single samples."""
+_HASHED = 1 << 20
+"""Samples of a subset hashed at a time, so that the whole of it is never copied."""
 _SHOWN = 8
 """Possible splits listed in an error."""
 
@@ -88,10 +91,11 @@ class SampleOrder:
         subset: np.ndarray | None = None,
     ) -> None:
         firsts = np.concatenate([[0], np.cumsum(np.asarray(shard_samples, np.int64))])
-        self._subset = subset
+        self._shared_subset = None if subset is None else SharedArray(subset)
         # Chunks are cut in the subset's own numbering, at the places where its shards change.
-        self._firsts = firsts if subset is None else np.searchsorted(subset, firsts)
-        self.samples = int(self._firsts[-1])
+        inside = firsts if subset is None else np.searchsorted(subset, firsts)
+        self._shared_firsts = SharedArray(inside)
+        self.samples = int(inside[-1])
         self.global_batch = global_batch
         self.steps_per_epoch = self.samples // global_batch
         if not self.steps_per_epoch:
@@ -108,11 +112,21 @@ class SampleOrder:
         return {**self.__dict__, "_plans": {}}
 
     @property
+    def _subset(self) -> np.ndarray | None:
+        return None if self._shared_subset is None else self._shared_subset.values
+
+    @property
+    def _firsts(self) -> np.ndarray:
+        return self._shared_firsts.values
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal orders: covers every argument, the samples of a subset too."""
-        subset = b"" if self._subset is None else self._subset.astype("<i8").tobytes()
-        digest = hashlib.sha256(subset).hexdigest()
-        return f"{derive_key(*self._key_parts, self.chunk, self.global_batch, digest):016x}"
+        digest, subset = hashlib.sha256(), self._subset
+        for start in range(0, 0 if subset is None else len(subset), _HASHED):
+            digest.update(subset[start : start + _HASHED].astype("<i8").tobytes())  # type: ignore[index]
+        parts = (*self._key_parts, self.chunk, self.global_batch, digest.hexdigest())
+        return f"{derive_key(*parts):016x}"
 
     def epoch_ids(self, epoch: int) -> np.ndarray:
         """The whole sequence of ``epoch``: (steps_per_epoch · global_batch,) int64 sample ids."""

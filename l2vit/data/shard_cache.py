@@ -20,7 +20,8 @@ import numpy as np
 
 from l2vit.data.cache import RangeCache
 from l2vit.data.config import DataConfig
-from l2vit.data.manifest import Manifest
+from l2vit.data.manifest import Manifest, ShardNames
+from l2vit.data.shared_array import SharedArray
 from l2vit.data.storage import Source, is_remote, open_source
 from l2vit.errors import ConfigError, UserError
 
@@ -57,9 +58,9 @@ class ShardCache:
     ) -> None:
         self.source, self._ranges, self._samples = source, ranges, samples
         self._folder = manifest.hash[:16]
-        self._names = [shard.name for shard in manifest.shards]
+        self._names = ShardNames(manifest.shards)
         hashes = b"".join(bytes.fromhex(shard.index_sha256) for shard in manifest.shards)
-        self._index_hashes = np.frombuffer(hashes, np.uint8).reshape(-1, 32)
+        self._index_hashes = SharedArray(np.frombuffer(hashes, np.uint8).reshape(-1, 32))
         self._reset()
 
     def _reset(self) -> None:
@@ -164,7 +165,7 @@ class ShardCache:
     def _fetch_index(self, shard: int, name: str) -> bytes:
         for _ in range(_TRIES):
             content = self.source.read(name)
-            if hashlib.sha256(content).digest() == self._index_hashes[shard].tobytes():
+            if hashlib.sha256(content).digest() == self._index_hashes.values[shard].tobytes():
                 return content
         raise UserError(f"{self.source.address}/{name} is not the index that the manifest names")
 

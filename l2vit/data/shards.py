@@ -23,8 +23,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from l2vit.data.manifest import LABEL_WIDTH, MANIFEST_NAME, Manifest
+from l2vit.data.manifest import LABEL_WIDTH, MANIFEST_NAME, Manifest, ShardNames
 from l2vit.data.shard_cache import ShardCache
+from l2vit.data.shared_array import SharedArray
 from l2vit.data.storage import Source, open_source
 from l2vit.errors import UserError
 
@@ -117,9 +118,9 @@ class ShardReader:
     ) -> None:
         self._directory = Path(directory)
         self._cache = cache
-        self._names = [shard.name for shard in manifest.shards]
+        self._names = ShardNames(manifest.shards)
         self._classes = len(manifest.classes)
-        self._firsts = manifest.first_ids
+        self._first_ids = SharedArray(manifest.first_ids)
         self._reset()
 
     def _reset(self) -> None:
@@ -131,7 +132,7 @@ class ShardReader:
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
-        kept = ("_directory", "_names", "_classes", "_firsts", "_cache")
+        kept = ("_directory", "_names", "_classes", "_first_ids", "_cache")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -140,8 +141,9 @@ class ShardReader:
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard number, number in the shard)."""
-        shard = int(np.searchsorted(self._firsts, sample_id, side="right")) - 1
-        return shard, int(sample_id - self._firsts[shard])
+        firsts = self._first_ids.values
+        shard = int(np.searchsorted(firsts, sample_id, side="right")) - 1
+        return shard, int(sample_id - firsts[shard])
 
     @property
     def is_cached(self) -> bool:

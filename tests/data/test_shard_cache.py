@@ -6,6 +6,8 @@ import errno
 import functools
 import http.server
 import json
+import multiprocessing
+import pickle
 import re
 import signal
 import subprocess
@@ -22,8 +24,9 @@ from l2vit.data import storage
 from l2vit.data.cache import RangeCache
 from l2vit.data.config import AugmentConfig, DataConfig, EvalConfig, EvalSetConfig, SubsetConfig
 from l2vit.data.loader import eval_loader, open_reader, train_loader
-from l2vit.data.manifest import Manifest
-from l2vit.data.order import Split
+from l2vit.data.manifest import Manifest, Shard
+from l2vit.data.order import SampleOrder, Split
+from l2vit.data.workers import WorkerBatches
 from l2vit.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
@@ -298,10 +301,45 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         RangeCache(blocked / "under", 1)
 
 
-def test_workers_are_sent_little(shards, tmp_path):
-    """No chunks of an epoch, no opened files."""
-    import pickle
+class WhatArrived(torch.utils.data.Dataset):
+    """Answers with what a worker process holds."""
 
+    def __init__(self, reader, order):
+        self.reader, self.order = reader, order
+
+    def __getitem__(self, number):
+        shard = self.reader.locate(self.order.samples)[0]
+        cached = self.reader._cache._index_hashes.values[shard].tobytes()
+        return self.order.fingerprint, self.reader.shard_name(10 * shard), cached
+
+
+@pytest.mark.parametrize("shards", [2_000, 40_000])
+def test_workers_are_sent_references(shards, tmp_path, monkeypatch):
+    """Real workers; the same few kilobytes for 40,000 shards and a subset of their samples."""
+    hashes = [f"{number:064x}" for number in range(shards)]
+    table = tuple(Shard(f"s-{i:06d}.tar", 10, 10, h, h) for i, h in enumerate(hashes))
+    manifest = Manifest("d", "train", ("a",), table, (10 * shards,))
+    data = DataConfig(train=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    subset = np.arange(0, 10 * shards, 2, dtype=np.int32)
+    counts = [10] * shards
+    order = SampleOrder("a", counts, seed=0, chunk=8, global_batch=8, subset=subset)
+    sent, dump = [], multiprocessing.reduction.dump
+
+    def recorded(what, stream, *more):
+        before = stream.tell()
+        dump(what, stream, *more)
+        sent.append(stream.tell() - before)
+
+    monkeypatch.setattr(multiprocessing.reduction, "dump", recorded)
+    arrived = WhatArrived(open_reader(data, data.train, manifest), order)
+    batches = WorkerBatches(arrived, workers=2, prefetch=1, pin=False, count=4)
+    middle = shards // 2
+    expected = (order.fingerprint, f"s-{middle:06d}.tar", bytes.fromhex(hashes[middle]))
+    assert list(batches) == [expected] * 4
+    assert len(sent) == 4 and sum(sent) < 2 * 8192  # two messages a worker
+
+
+def test_an_opened_reader_is_pickled_without_its_files(shards, tmp_path):
     data = DataConfig(train=str(shards.directory), cache_dir=str(tmp_path))
     reader = open_reader(data, data.train, shards.manifest)
     reader.announce(np.arange(60))
