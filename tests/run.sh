@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests on a bare machine; arguments go to pytest (tests/run.sh tests/models -k window).
+# L2VIT_PYTHON names an interpreter that has everything already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=$(bash launch/install.sh requirements-dev.txt)
+python=${L2VIT_PYTHON:-$(bash launch/install.sh requirements-dev.txt)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 if [ $# -eq 0 ]; then

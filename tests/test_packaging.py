@@ -32,10 +32,32 @@ def name(requirement):
 
 def test_extras_are_the_requirements():
     extras = {key: set(value) for key, value in PROJECT["optional-dependencies"].items()}
-    needed = {r for r in requirements("requirements.txt") if name(r) not in ("torch", "timm")}
+    needed = {r for r in requirements("requirements.txt") if name(r) != "timm"}
     assert extras["train"] | extras["dense"] == needed
     assert extras["export"] | extras["loggers"] < requirements("requirements-dev.txt")
+    lowest = {r.partition(",")[0] for r in requirements("requirements.txt")}
+    assert set(PROJECT["dependencies"]) < lowest
     assert {name(r) for r in PROJECT["dependencies"]} == {"torch", "timm"}
+
+
+def test_the_lock_is_the_exact_set_with_hashes():
+    """Of what requirements.txt needs; pip installs nothing that has no hash then."""
+    text = (ROOT / "requirements.lock").read_text()
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+    pinned = (line.split("==") for line in requirements("constraints.txt"))
+    exact = {canonical(package): version for package, version in pinned}
+    both = set(locked) & set(exact)
+    assert {p: locked[p] for p in both} == {p: exact[p] for p in both}
+    assert set(locked) - both == {"setuptools", "wheel"}  # asked for by torch and astunparse
+    assert {canonical(name(r)) for r in requirements("requirements.txt")} <= set(locked)
+    for entry in re.split(r"\n(?=\S)", text.partition("\n\n")[2].strip()):
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}(?!\w)", entry), entry
+    assert "://" not in text and "index-url" not in text and "find-links" not in text
+
+
+def canonical(package):
+    """As PEP 503 compares names."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 @pytest.fixture(scope="module")

@@ -33,3 +33,10 @@ def test_orphans_are_buried_while_it_runs():
     command = [sys.executable, str(SCRIPT), "bash", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
+
+
+def test_versions_names_its_two_ends():
+    script = Path(__file__).with_name("versions.sh")
+    for arguments in ([], ["oldest"]):
+        done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stderr[:6], done.stdout) == (2, "usage:", "")
