@@ -20,7 +20,6 @@ from l2vit.errors import UserError
 from l2vit.train.evaluation import class_columns
 from l2vit.train.weights import Preprocessing, PretrainedWeights
 
-LABEL_SETS = ("data", "real", "imagenet-v2", "imagenet-a", "imagenet-r")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 _REAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from l2vit.data.batch import Batch
 from l2vit.errors import UserError
 
-NEIGHBOURS = 20
 TEMPERATURE = 0.07
 """As DINO scores features (arXiv 2104.14294): 20 neighbours of weight exp(similarity / T)."""
 _AT_ONCE = 256
@@ -55,7 +54,7 @@ def features(model: nn.Module, batches: Iterable[Batch], dtype: torch.dtype | No
     return Bank(torch.cat(found), torch.cat(labels))
 
 
-def votes(bank: Bank, queries: Tensor, *, classes: int, neighbours: int = NEIGHBOURS) -> Tensor:
+def votes(bank: Bank, queries: Tensor, *, classes: int, neighbours: int) -> Tensor:
     """(Q, classes) summed weights of each query's nearest neighbours, by their class.
 
     A neighbour of cosine similarity s weighs exp(s / 0.07).

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2vit import cli, config
+from l2vit import cli
 from l2vit.data.manifest import MANIFEST_NAME, Manifest
 from l2vit.data.storage import is_remote
 from l2vit.errors import ConfigError
+from l2vit.train import tasks
 from l2vit.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _run(options: argparse.Namespace) -> None:
     from l2vit.plan import compare, devices, report  # torch: not needed for --help
     from l2vit.plan.estimate import Cluster, estimate
 
-    settings = config.load(TrainConfig, options.config, options.overrides)
+    settings = tasks.load_classification(options.config, options.overrides, program="pretrain plan")
     for name in ("gpus", "per_node"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")

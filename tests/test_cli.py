@@ -60,7 +60,11 @@ LIGHT = {
     "pretrain": ["-m", "pretrain", "--help"],
     "pretrain train": ["-m", "pretrain", "train", "--help"],
     "pretrain plan": ["-m", "pretrain", "plan", "--help"],
+    "pretrain preview": ["-m", "pretrain", "preview", "--help"],
     "finetune": ["-m", "finetune", "--help"],
+    "finetune evaluate": ["-m", "finetune.evaluate", "--help"],
+    "finetune export": ["-m", "finetune", "export", "--help"],
+    "finetune look": ["-m", "finetune", "look", "--help"],
     "finetune train": ["-m", "finetune", "train", "--help"],
     "launch": ["-m", "l2vit.launch", "launch/pretrain.sh", "--help"],
 }

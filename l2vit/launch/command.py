@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from l2vit import cli, config
@@ -135,11 +136,28 @@ def check(script: str, rest: Sequence[str]) -> None:
     Raises:
         UserError: of :func:`l2vit.train.checks.check`, with the file or override at fault.
     """
-    path, overrides = config_arguments(rest)
-    settings = tasks.load_config(path, overrides)
-    try:
+    settings = read_config(rest)
+    with _blamed(rest):
         if Path(script).stem == "finetune":
             checks.require_first_weights(settings)
         checks.check(settings)
+
+
+def check_ranks(rest: Sequence[str], ranks: int) -> None:
+    """Refuse a global batch that this many ranks cannot share.
+
+    Raises:
+        ConfigError: with the file or override at fault.
+    """
+    settings = read_config(rest)
+    with _blamed(rest):
+        checks.check_ranks(settings, ranks)
+
+
+@contextlib.contextmanager
+def _blamed(rest: Sequence[str]) -> Iterator[None]:
+    """Add the file or override at fault to a ConfigError that knows its key."""
+    try:
+        yield
     except ConfigError as error:
-        raise config.blamed(error, path, overrides) if error.key else error from None
+        raise config.blamed(error, *config_arguments(rest)) if error.key else error from None

@@ -46,6 +46,11 @@ class Job:
     lease: float = 60.0
     ssh_arguments: tuple[str, ...] = ()
 
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return sum(len(node.slots) for node in self.nodes)
+
     def share(self, index: int, address: str, port: int) -> Share:
         """What node ``index`` does."""
         before = [len(node.slots) for node in self.nodes[:index]]
@@ -55,7 +60,7 @@ class Job:
             environment=self.environment,
             first_rank=sum(before),
             ranks=len(node.slots),
-            world_size=sum(len(node.slots) for node in self.nodes),
+            world_size=self.world_size,
             master_address=address,
             master_port=port,
             hang_seconds=self.hang_seconds,

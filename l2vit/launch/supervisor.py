@@ -45,7 +45,10 @@ def launch(options: argparse.Namespace) -> int:
         give_up_after=options.give_up_after,
     )
     started = job.build(options, settings)
-    return supervisor.run_once(started) if options.preflight else supervisor.run(started)
+    if options.preflight:
+        return supervisor.run_once(started)
+    command.check_ranks(options.rest, started.world_size)
+    return supervisor.run(started)
 
 
 @dataclass

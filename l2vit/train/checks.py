@@ -50,6 +50,23 @@ def can_be_logged(settings: TrainConfig) -> None:
             )
 
 
+def check_ranks(settings: TrainConfig, ranks: int) -> None:
+    """Refuse a global batch that ``ranks`` ranks cannot share in micro-batches.
+
+    Raises:
+        ConfigError: names the nearest batch or the micro-batches that can be.
+    """
+    from l2vit.data.order import split
+
+    with _keys_named():
+        split(
+            settings.schedule.global_batch,
+            world=ranks,
+            micro_batch=settings.engine.micro_batch,
+            multiple_of=tasks.kind(settings.task).make(settings).batch_multiple,
+        )
+
+
 def require_first_weights(settings: TrainConfig) -> None:
     """Refuse fine-tuning without weights to begin with, unless it is asked for or goes on.
 

@@ -84,6 +84,23 @@ def kind(name: str) -> Kind:
     return _KINDS[name]
 
 
+def load_classification(
+    path: Path | str, overrides: Sequence[str] = (), *, program: str
+) -> TrainConfig:
+    """Read a configuration for a program that knows classification only.
+
+    Raises:
+        ConfigError: another task, or anything :func:`load_config` refuses.
+    """
+    settings = load_config(path, overrides)
+    if settings.task != DEFAULT:
+        error = ConfigError(
+            f"task: {settings.task}; {program} reads recipes of task {DEFAULT} only", key="task"
+        )
+        raise config.blamed(error, path, overrides)
+    return settings
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a configuration file as the settings of the task it names.
 

@@ -11,7 +11,7 @@ import torch
 from digit_models import NAMES, WINDOW, WNIDS, digit_jpegs, make_model, write_checkpoint
 from PIL import Image
 
-from finetune import export_timm, verification
+from finetune import export, export_timm, verification
 from l2vit.errors import UserError
 from l2vit.train import checkpoint
 from l2vit.train.weights import read_pretrained
@@ -99,7 +99,7 @@ def test_reading_the_export_back_gives_the_same_source(exported, run):
 
 def test_refused_where_the_exported_model_differs(run, tmp_path, monkeypatch, capfd):
     """A configuration with another window rebuilds, loads, and is another function."""
-    write = export_timm.write_model
+    write = export.write_model
 
     def wrong(directory, source, model):
         write(directory, source, model)
@@ -107,7 +107,7 @@ def test_refused_where_the_exported_model_differs(run, tmp_path, monkeypatch, ca
         config["model_args"]["window_size"] = 3
         (directory / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(export_timm, "write_model", wrong)
+    monkeypatch.setattr(export, "write_model", wrong)
     out = tmp_path / "out"
     assert export_timm.main(["--checkpoint", str(run), "--out", str(out)]) == 1
     assert "logits differ" in capfd.readouterr().err
@@ -116,7 +116,7 @@ def test_refused_where_the_exported_model_differs(run, tmp_path, monkeypatch, ca
 
 def test_refused_where_the_weights_differ_a_little(exported, run, same_process):
     source = read_pretrained(run)
-    samples, _ = export_timm.proof_samples(source, None, 4)
+    samples, _ = export.proof_samples(source, None, 4)
     changed = make_model()
     with torch.no_grad():
         changed.head.fc.bias[3] += 1e-3

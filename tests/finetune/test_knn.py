@@ -23,7 +23,7 @@ def test_votes_are_those_of_scikit_learn():
 
     theirs = KNeighborsClassifier(20, algorithm="brute", weights=weight)
     theirs.fit(bank.double().numpy(), labels.numpy())
-    found = knn.votes(knn.Bank(bank, labels), queries, classes=5)
+    found = knn.votes(knn.Bank(bank, labels), queries, classes=5, neighbours=20)
     shares = (found / found.sum(1, keepdim=True)).numpy()
     assert np.allclose(shares, theirs.predict_proba(queries.double().numpy()), atol=1e-4)
 

@@ -8,7 +8,7 @@ from digit_models import make_model
 from PIL import Image
 from torch import nn
 
-from finetune import look, maps
+from finetune import figures, look, maps
 from l2vit.errors import UserError
 from l2vit.models.l2vit import LinearAttention, WindowAttention
 from l2vit.train.weights import read_pretrained
@@ -178,7 +178,7 @@ def test_the_program_leaves_pictures_and_tensorboard(run, shards, tmp_path, capf
 def test_class_to_explain_by_wnid_name_or_number(run, shards, tmp_path, capfd):
     source = read_pretrained(run)
     for wanted in ("n90000004", "four", "4"):
-        assert look._wanted(source, wanted, 2).tolist() == [4, 4]
+        assert figures._wanted(source, wanted, 2).tolist() == [4, 4]
     base = ["--model", str(run), "--images", str(shards), "--count", "1", "--out", str(tmp_path)]
     assert look.main([*base, "--class", "unicorn"]) == 2
     assert "unicorn" in capfd.readouterr().err
