@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_prep.plan import Plan, load_plan, make_plan
 from data_prep.pool import Progress, parallel_map
 from data_prep.records import Workspace
 from data_prep.scan import ScanContext, scan_unit
-from data_prep.shards import WriteContext, write_info, write_shard
+from data_prep.shards import WriteContext, write_info, write_parts_info, write_shard
 from data_prep.sources import LeftOut, Listing, Unit, renumbered
 from l2vit import files
 from l2vit.data import labels
@@ -63,8 +64,10 @@ def build(options: Options) -> dict[str, Manifest]:
         finished = _finished(options, workspace)
         if finished:
             workspace.tidy()  # the call that wrote the last manifest may have been killed then
+            manifests = {part: Manifest.load(path) for part, path in finished.items()}
+            _describe_parts(options, finished, manifests)
             print(f"{options.out} is already complete", flush=True)
-            return {part: Manifest.load(path) for part, path in finished.items()}
+            return manifests
         work = _list(options, workspace)
         check_images(work)
         plan = _plan(work)
@@ -78,10 +81,19 @@ def build(options: Options) -> dict[str, Manifest]:
             for part, path in work.directories.items()
         }
         manifests = {part: finish(work, plan, part, events[part]) for part in work.directories}
+        _describe_parts(options, work.directories, manifests)
         workspace.tidy()
     for part, manifest in manifests.items():
         print_summary(manifest, work.directories[part], events[part])
     return manifests
+
+
+def _describe_parts(
+    options: Options, directories: Mapping[str, Path], manifests: Mapping[str, Manifest]
+) -> None:
+    """Tell timm of all parts at once, where each has a folder of its own in OUT."""
+    if all(path == options.out / part for part, path in directories.items()):
+        write_parts_info(manifests, options.out)
 
 
 def _plan(work: Work) -> Plan:

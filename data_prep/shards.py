@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -175,15 +176,36 @@ def write_records(
     )
 
 
+INFO = "_info.json"
+_TIMM_NAMES = {"val": "validation"}
+"""Parts that timm's scripts call otherwise unless they are told."""
+
+
 def write_info(manifest: Manifest, directory: Path) -> None:
     """Write ``_info.json``, where timm's webdataset reader looks for splits and shards."""
-    split = {
+    files.write_json(directory / INFO, {"splits": {manifest.split: _split_info(manifest, "")}})
+
+
+def write_parts_info(manifests: Mapping[str, Manifest], directory: Path) -> None:
+    """Write ``_info.json`` of a data set whose parts lie in folders named for them.
+
+    timm then takes ``directory`` and any part; val also under timm's name for it, validation.
+    """
+    splits = {}
+    for part, manifest in manifests.items():
+        splits[part] = _split_info(manifest, f"{part}/")
+        if part in _TIMM_NAMES:
+            splits[_TIMM_NAMES[part]] = {**splits[part], "name": _TIMM_NAMES[part]}
+    files.write_json(directory / INFO, {"splits": splits})
+
+
+def _split_info(manifest: Manifest, folder: str) -> dict[str, Any]:
+    return {
         "name": manifest.split,
         "num_samples": manifest.samples,
-        "filenames": [shard.name for shard in manifest.shards],
+        "filenames": [folder + shard.name for shard in manifest.shards],
         "shard_lengths": [shard.samples for shard in manifest.shards],
     }
-    files.write_json(directory / "_info.json", {"splits": {manifest.split: split}})
 
 
 def _gathered_windows(records: np.ndarray, copy: Path | None) -> dict[int, list[bytes]]:

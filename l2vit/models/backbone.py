@@ -198,3 +198,12 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def reshape_transform(maps: Tensor) -> Tensor:
+    """Maps of our layers, (B, H, W, C), as CAM tools want them: (B, C, H, W).
+
+    Give it to ``pytorch_grad_cam.GradCAM(model, layers, reshape_transform=reshape_transform)``:
+    without it such tools take the rows of the map for its channels and draw nonsense.
+    """
+    return to_nchw(maps)

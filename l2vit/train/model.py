@@ -66,7 +66,7 @@ def create(
         network, _ = build_with_accepted(model.name, given, optional, seed=seed)
     except TypeError as error:
         raise ConfigError(f"model.args: {model.name}: {error}") from None
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # an unknown pool is an assertion of timm's
         raise ConfigError(f"model: {model.name} cannot be built so: {error}") from None
     if grad_checkpointing:
         _checkpoint_gradients(network, model.name)
