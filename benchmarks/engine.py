@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not Path("/dev/nvidiactl").exists():  # asked without torch: its import is measured below
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,14 +41,15 @@ def settings(options: argparse.Namespace, world: int, run: str = "") -> Any:
     )
     config.data.input_size = options.size
     config.engine.zero_stage = 1
+    config.model.drop_path_rate = 0.2
     return config
 
 
-def make_network(config: Any) -> Any:
-    """The configured network with 1,000 classes."""
+def make_network(config: Any, classes: int) -> Any:
+    """The configured network."""
     from l2vit.train import model
 
-    return model.from_config(config, classes=1000)
+    return model.from_config(config, classes=classes)
 
 
 def make_engine(options: argparse.Namespace, world: Any) -> Any:
@@ -56,20 +58,20 @@ def make_engine(options: argparse.Namespace, world: Any) -> Any:
     from l2vit.train.engine import Engine
 
     config = settings(options, world.size)
-    network = make_network(config)
+    network = make_network(config, options.classes)
     shares = split(config.schedule.global_batch, world=world.size)
     sections = (config.engine, config.optim, config.ema)
     return Engine(network, *sections, world=world, split=shares)
 
 
 def batch(options: argparse.Namespace, device: Any) -> tuple[Any, Any]:
-    """Random pictures (B, 3, S, S) and soft targets (B, 1000)."""
+    """Random pictures (B, 3, S, S) and soft targets (B, classes)."""
     import torch
 
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (options.batch,), device=device)
-    return images, torch.nn.functional.one_hot(labels, 1000).float()
+    labels = torch.randint(0, options.classes, (options.batch,), device=device)
+    return images, torch.nn.functional.one_hot(labels, options.classes).float()
 
 
 def engine_step(engine: Any, images: Any, targets: Any) -> None:
@@ -111,19 +113,25 @@ class PlainStep:
 
 
 def seconds(action: Any, device: Any) -> float:
-    """How long ``action`` takes."""
+    """How long ``action`` takes; on a GPU between two events, the queue drained before."""
     import torch
 
-    began = time.perf_counter()
+    if device.type != "cuda":
+        began = time.perf_counter()
+        action()
+        return time.perf_counter() - began
+    torch.cuda.synchronize()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
     action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def measure_overhead(options: argparse.Namespace, world: Any) -> dict[str, float]:
     """Median step of both, in turns, so that a busy machine slows both alike."""
-    plain = PlainStep(make_network(settings(options, 1)), world.device)
+    plain = PlainStep(make_network(settings(options, 1), options.classes), world.device)
     engine = make_engine(options, world)
     images, targets = batch(options, world.device)
     times: dict[str, list[float]] = {"plain": [], "engine": []}
@@ -173,8 +181,15 @@ def measure_stall(options: argparse.Namespace, world: Any) -> dict[str, float]:
 def measure_resume(options: argparse.Namespace) -> dict[str, float]:
     """A fresh process: seconds of imports, of everything else up to the first step."""
     command = [sys.executable, __file__, "--worker", "resume", *forwarded(options)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return json.loads(result.stdout.splitlines()[-1])
+    return answer_of(command)
+
+
+def answer_of(command: list[str]) -> dict[str, float]:
+    """What a worker printed last, as JSON; if it fails, its own last words are the error."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: status {done.returncode}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def worker_resume(options: argparse.Namespace) -> dict[str, float]:
@@ -213,8 +228,7 @@ def measure_scaling(options: argparse.Namespace) -> dict[str, float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={world}", __file__, "--worker", "scaling"]
         command += forwarded(options)
-        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        rates[world] = json.loads(result.stdout.splitlines()[-1])["rate"]
+        rates[world] = answer_of(command)["rate"]
     return {
         "images_per_second_1": rates[1],
         "images_per_second_2": rates[2],
@@ -242,7 +256,7 @@ def worker_scaling(options: argparse.Namespace) -> dict[str, float]:
 
 def forwarded(options: argparse.Namespace) -> list[str]:
     """The options a worker needs."""
-    names = ("model", "window", "size", "batch", "steps")
+    names = ("model", "window", "size", "batch", "steps", "classes")
     return [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
 
 
@@ -263,6 +277,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--batch", type=int, default=16, help="images per rank and step")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--classes", type=int, default=21_841)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=("resume", "scaling"), help=argparse.SUPPRESS)
     options = parser.parse_args()

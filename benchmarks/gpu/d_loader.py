@@ -1,5 +1,7 @@
 """Block D: the loader: does region decode work, how fast is it alone, what does it cost a run.
 
+The run leaves a trace of two steps for https://ui.perfetto.dev beside the results.
+
 python benchmarks/gpu/d_loader.py
 python benchmarks/gpu/d_loader.py --dry-run     # on a CPU
 """
@@ -7,9 +9,12 @@ python benchmarks/gpu/d_loader.py --dry-run     # on a CPU
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -67,15 +72,18 @@ def alone(block: Block, shards: Path, threads: int) -> dict[str, float]:
 
 
 def run(block: Block, shards: Path, work: Path, threads: int) -> dict[str, Any]:
-    """Sixty real steps of the training program: its speed and what it waited for data."""
+    """Sixty real steps of the training program: its speed and what it waited for data; after them
+    two under the profiler, whose trace lies beside the results."""
     directory = work / f"run{threads}"
     steps = 2 if block.dry else 60
+    traced = [steps + 2, steps + 3]
     micro = 8 if block.dry else 256
     name, size = ("l2vit_mini", 32) if block.dry else ("l2vit_base", 224)
     overrides = [
         f"run.dir={directory}", f"data.train={shards}", "data.val=", f"data.threads={threads}",
         f"model.name={name}", f"data.input_size={size}", f"schedule.global_batch={micro}",
-        f"schedule.length={steps} steps", "schedule.warmup=1 step", "log.every=1",
+        f"schedule.length={traced[1]} steps", f"log.profile_steps={traced}",
+        "schedule.warmup=1 step", "log.every=1",
         f"engine.micro_batch={micro}", f"augment.mix_group={min(micro, 64)}",
         "checkpoint.every=1 epoch", "checkpoint.keep_every=0 steps", "eval.every=0 steps",
     ]  # fmt: skip
@@ -90,8 +98,24 @@ def run(block: Block, shards: Path, work: Path, threads: int) -> dict[str, Any]:
         raise RuntimeError(f"status {done.returncode}: {' | '.join(lines[-3:])}")
     records = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
     kept = ("images_per_second", "mfu_percent", "data_wait_percent", "memory_gib")
-    last = {key: value for record in records for key, value in record.items() if key in kept}
-    return {"steps": steps, "seconds": time.monotonic() - began, **last}
+    usual = [r for r in records if steps // 6 < r["step"] <= steps and "images_per_second" in r]
+    found = {k: statistics.median(r[k] for r in usual) for k in kept if k in usual[0]}
+    return {
+        "steps": steps,
+        "seconds": time.monotonic() - began,
+        "trace": keep_trace(block, directory, threads),
+        **found,
+    }
+
+
+def keep_trace(block: Block, run: Path, threads: int) -> str:
+    """Compress the run's trace into the folder of results; its name there."""
+    (trace,) = (run / "profile").glob("*.pt.trace.json")
+    name = f"gpu_d_trace_{threads}_threads.json.gz"
+    block.out.mkdir(parents=True, exist_ok=True)
+    with trace.open("rb") as source, gzip.open(block.out / name, "wb") as target:
+        shutil.copyfileobj(source, target)
+    return name
 
 
 RECIPE = ROOT / "pretrain" / "configs" / "in22k_base.yaml"

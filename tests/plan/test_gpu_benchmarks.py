@@ -1,5 +1,6 @@
 """The four GPU blocks run dry on a CPU, so that they cannot rot; their tables from results."""
 
+import gzip
 import json
 import os
 import runpy
@@ -32,6 +33,10 @@ def test_dry_run(block, expected, tmp_path):
     found = json.loads((tmp_path / f"gpu_{block}.json").read_text())
     assert found["dry_run"] and set(expected) <= set(found["results"])
     assert not any("error" in r for r in found["results"].values() if isinstance(r, dict))
+    if block == "d_loader":
+        with gzip.open(tmp_path / found["results"]["training, 1 threads"]["trace"]) as trace:
+            names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+        assert "aten::convolution" in names
 
 
 def test_no_block_starts_anything_after_nine_minutes():
