@@ -104,7 +104,7 @@ class RangeCache:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                held = self._evict(self.limit // 2)  # others fill this disk: make do with less
+                held = self._evict(held // 2)  # others fill this disk: make do with less
                 self._write_or_tell(name, content)
             (self.root / _SIZE).write_text(str(held + len(content)))
 
@@ -122,7 +122,10 @@ class RangeCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}{_UNFINISHED}{os.getpid()}-{threading.get_ident()}")
         try:
-            part.write_bytes(content)
+            with part.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())  # else a power cut may leave an empty file of that name
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import functools
 import http.server
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import signal
@@ -234,6 +235,23 @@ def test_an_address_needs_a_cache(server):
 # -- the cache itself
 
 
+def test_a_disk_that_is_truly_full_is_told(tmp_path):
+    """Others fill a small file system: the cache makes do with less, then the error names it."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "t", tmp_path]).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        cache = RangeCache(tmp_path / "cache", 10 << 20)
+        for number in range(4):
+            assert cache.read(f"a/{number}", lambda: bytes(200_000)) == bytes(200_000)
+        (tmp_path / "of-others").write_bytes(bytes(150_000))
+        assert cache.read("a/4", lambda: bytes(200_000)) == bytes(200_000)
+        with pytest.raises(UserError, match=rf"no space left for 2,000,000 .* in {tmp_path}"):
+            cache.read("a/5", lambda: bytes(2_000_000))
+        assert not list(tmp_path.rglob("*.part-*"))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_the_least_recently_used_goes(tmp_path):
     cache = RangeCache(tmp_path, 1000)
     for i in range(9):
@@ -288,10 +306,10 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     cache = RangeCache(tmp_path, 10_000)
     cache.read("a/1", lambda: bytes(1000))
 
-    def refuse(self, data):
+    def refuse(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match=rf"data.cache_dir: no space left .* in {tmp_path}"):
         cache.read("a/2", lambda: bytes(1000))
     monkeypatch.undo()
