@@ -245,7 +245,8 @@ def split(
         raise ConfigError(
             f"schedule.global_batch: {global_batch} cannot be divided over {world} ranks in"
             f" micro-batches that are multiples of {multiple_of} ({multiple_key});"
-            f" the nearest that can is {_nearest(global_batch, world * multiple_of)}"
+            f" the nearest that can is {_nearest(global_batch, world * multiple_of)},"
+            f" the numbers of ranks that can: {_numbers_of_ranks(global_batch // multiple_of, near=world)}"
         )
     chosen = micro_batch or options[0].micro_batch
     for option in options:
@@ -279,6 +280,14 @@ def halve(current: Split, *, multiple_of: int = 1) -> Split | None:
 def mix_group(augment: AugmentConfig) -> int:
     """What must divide a micro-batch: a mixing group must not span ranks. 1 without mixing."""
     return augment.mix_group if augment.mixup or augment.cutmix else 1
+
+
+def _numbers_of_ranks(share: int, *, near: int) -> str:
+    """What divides ``share``: the numbers up to ``near`` and the next one."""
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    fewer = [n for n in divisors if n <= near]
+    shown = fewer[-_SHOWN:] + divisors[len(fewer) : len(fewer) + 1]
+    return ", ".join(map(str, shown)) or "none"
 
 
 def _nearest(number: int, step: int) -> int:

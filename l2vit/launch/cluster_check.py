@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,22 @@ SECONDS = 15.0
 """Time the loaders are measured for, after their first batch."""
 _LATENCY_CALLS = 50
 _BANDWIDTH_CALLS = 5
+SLOW_SHARE = {"cuda": 0.9, "cpu": 0.5}
+"""A device below this share of the median is named; a CPU's cores may serve others meanwhile."""
 _COMM_SHARE = 0.3
 """Communication may take this share of the computing time before it is called a problem."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one rank's device is, all of them measured at once."""
+
+    rank: int
+    host: str
+    tflops: float
+    """Of a matrix product: bf16 on a GPU, fp32 on a CPU."""
+    memory_gbs: float
+    """Read and written by a copy."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,8 @@ class Measured:
     moved_mib: float
     images_per_second: dict[str, float]
     """Of the loaders, by host."""
+    speeds: tuple[Speed, ...] = ()
+    """Of each rank's device, by rank."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
         measured = measure(config, world)
         need = needed(config, world, facts)
         problems += judge(measured, need, ranks=world.size)
+        problems += slow_devices(measured.speeds, SLOW_SHARE[world.device.type])
     finally:
         distributed.stop()
     if world.main:
@@ -96,7 +114,48 @@ def measure(config: TrainConfig, world: World) -> Measured:
         bus_gbs=around / world.max(seconds) / 1e9,
         moved_mib=many.nbytes / 2**20,
         images_per_second=_loading(config, world),
+        speeds=_speeds(world),
     )
+
+
+def _speeds(world: World) -> tuple[Speed, ...]:
+    """Each rank's product and copy, the best of several: what else runs may only slow them."""
+    device, gpu = world.device, world.device.type == "cuda"
+    side, elements = (8192, 2**28) if gpu else (512, 2**23)
+    square = torch.ones(side, side, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
+    product = torch.empty_like(square)
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    world.barrier()
+    multiply = min(
+        _timed(lambda: torch.mm(square, square, out=product), 3, device) for _ in range(5)
+    )
+    copy = min(_timed(lambda: target.copy_(source), 3, device) for _ in range(5))
+    own = Speed(
+        world.rank,
+        socket.gethostname(),
+        tflops=2 * side**3 / multiply / 1e12,
+        memory_gbs=2 * source.nbytes / copy / 1e9,
+    )
+    return tuple(world.gather(own))
+
+
+def slow_devices(speeds: Sequence[Speed], share: float) -> list[Problem]:
+    """The devices that are slower than ``share`` of the median: all others wait for them."""
+    problems = []
+    for name, unit in (("tflops", "TFLOP/s"), ("memory_gbs", "GB/s of memory")):
+        middle = statistics.median(getattr(speed, name) for speed in speeds)
+        problems += [
+            Problem(
+                f"rank {speed.rank} on {speed.host} does {getattr(speed, name):.3g} {unit},"
+                f" the median is {middle:.3g}",
+                "look for heat, a power limit, errors of its memory or another program there"
+                " (nvidia-smi -q -d PERFORMANCE,ECC)",
+            )
+            for speed in speeds
+            if getattr(speed, name) < share * middle
+        ]
+    return problems
 
 
 def _reduce(tensor: torch.Tensor, world: World) -> None:
@@ -104,7 +163,7 @@ def _reduce(tensor: torch.Tensor, world: World) -> None:
         dist.all_reduce(tensor)
 
 
-def _timed(action: Callable[[], None], calls: int, device: torch.device) -> float:
+def _timed(action: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds a call takes, the first one not counted."""
     action()
     _wait(device)
@@ -251,6 +310,7 @@ def table(
         lines.append(
             f"computing a step       about {need.compute_seconds * 1e3:,.0f} ms (predicted)"
         )
+    lines += speed_lines(measured.speeds)
     wanted = need.images_per_second_per_node
     asked = f" (a step needs about {wanted:,.0f})" if wanted else ""
     lines += [
@@ -260,3 +320,15 @@ def table(
     lines += ["", f"{len(problems)} problem(s)" if problems else "no problems found"]
     lines += [f"  - {p.text}\n    fix: {p.fix}" for p in problems]
     return "\n".join(lines)
+
+
+def speed_lines(speeds: Sequence[Speed]) -> list[str]:
+    """Slowest, median and fastest device, in matrix products and in memory."""
+    lines: list[str] = []
+    if not speeds:
+        return lines
+    for label, name in (("product, TFLOP/s", "tflops"), ("memory, GB/s", "memory_gbs")):
+        found = sorted(getattr(speed, name) for speed in speeds)
+        middle = statistics.median(found)
+        lines.append(f"{label:<23}{found[0]:.3g} to {found[-1]:.3g}, median {middle:.3g}")
+    return lines

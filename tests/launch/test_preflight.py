@@ -8,7 +8,7 @@ import pytest
 
 from l2vit.errors import UserError
 from l2vit.launch import cluster_check
-from l2vit.launch.cluster_check import Measured, Need
+from l2vit.launch.cluster_check import Measured, Need, Speed
 from l2vit.train import preflight
 from l2vit.train.preflight import Facts
 
@@ -77,6 +77,20 @@ def test_slow_parts_are_compared_with_the_need():
     assert "1 problem(s)" in text and "fix: raise data.threads" in text and "node1" in text
 
 
+def test_a_slow_card_is_named():
+    """Sixteen cards; one is throttled, one has slow memory, the spread of the others is usual."""
+    speeds = [Speed(r, f"node{r // 8}", 700.0 + 10 * (r % 4), 3000.0 - r) for r in range(16)]
+    assert cluster_check.slow_devices(speeds, cluster_check.SLOW_SHARE["cuda"]) == []
+    speeds[3] = dataclasses.replace(speeds[3], tflops=520.0)
+    speeds[12] = dataclasses.replace(speeds[12], memory_gbs=1900.0)
+    products, memory = cluster_check.slow_devices(speeds, cluster_check.SLOW_SHARE["cuda"])
+    assert "rank 3 on node0 does 520 TFLOP/s, the median is 710" in str(products)
+    assert "rank 12 on node1 does 1.9e+03 GB/s of memory" in str(memory)
+    assert "power limit" in products.fix
+    first, second = cluster_check.speed_lines(speeds)
+    assert "520 to 730" in first and "1.9e+03 to 3e+03" in second
+
+
 def test_devices_are_known_by_their_names():
     assert cluster_check.known_device("NVIDIA H100 80GB HBM3").name == "h100"
     assert cluster_check.known_device("CPU, 2 cores") is None
@@ -131,6 +145,10 @@ def test_two_real_ranks(tmp_path, monkeypatch):
     measured = first["measured"]
     assert 0 < measured.bus_gbs < 1000 and measured.latency_us > 0
     assert all(rate > 0 for rate in measured.images_per_second.values())
+    assert [speed.rank for speed in measured.speeds] == [0, 1]
+    # Any CPU of the last decades and none of the next.
+    assert all(1e-3 < s.tflops < 100 and 0.1 < s.memory_gbs < 5000 for s in measured.speeds)
+    assert first["measured"].speeds == second["measured"].speeds
     # l2vit_mini has 2.3 M weights with four classes; gradients travel in fp32.
     assert 2.2e6 < first["need"].gradient_bytes / 4 < 2.5e6
     assert not list((tmp_path / "ranks").rglob(".preflight"))

@@ -117,6 +117,9 @@ def test_an_impossible_split_lists_the_possible_ones():
         order.split(48, world=2, micro_batch=5)
     with pytest.raises(ConfigError, match="the nearest that can is 50"):
         order.split(48, world=5)
+    # A run that comes back on other nodes is told on how many it can go on.
+    with pytest.raises(ConfigError, match=r"ranks that can: 1, 2, 3, 4, 6, 8, 12, 24$"):
+        order.split(48, world=16, multiple_of=2)
     smaller = order.halve(order.split(48, world=2), multiple_of=2)
     assert smaller == order.Split(12, 2, 2)
     assert order.halve(order.Split(2, 12, 2), multiple_of=2) is None
