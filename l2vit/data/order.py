@@ -242,11 +242,12 @@ def split(
     """
     options = possible(global_batch, world=world, multiple_of=multiple_of)
     if not options:
+        ranks = _numbers_of_ranks(global_batch // multiple_of, near=world)
         raise ConfigError(
             f"schedule.global_batch: {global_batch} cannot be divided over {world} ranks in"
             f" micro-batches that are multiples of {multiple_of} ({multiple_key});"
             f" the nearest that can is {_nearest(global_batch, world * multiple_of)},"
-            f" the numbers of ranks that can: {_numbers_of_ranks(global_batch // multiple_of, near=world)}"
+            f" the numbers of ranks that can: {ranks}"
         )
     chosen = micro_batch or options[0].micro_batch
     for option in options:

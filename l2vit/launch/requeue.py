@@ -64,6 +64,7 @@ def _main(argv: Sequence[str]) -> int:
         return 0
     history = read(directory, job)
     why = reason_to_end(history, directory, options.status, warned=bool(options.warned))
+    directory.mkdir(parents=True, exist_ok=True)  # a warning may come before any rank was up
     files.write_json(directory / MEMORY, asdict(history))
     if why:
         print(f"{why}; not queued again")

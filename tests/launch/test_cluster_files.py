@@ -162,7 +162,6 @@ def test_slurm_job_queues_again_what_another_start_may_help(
         f"run: {{dir: '{tmp_path}/run'}}\nmodel: {{name: l2vit_mini}}\n"
         "schedule: {global_batch: 8}\n"
     )
-    (tmp_path / "run").mkdir()
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "CALLS": str(calls),
