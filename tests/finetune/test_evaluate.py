@@ -81,7 +81,7 @@ def test_run_export_and_folders_agree_to_the_image(run, exported, shards, folder
     shown = capfd.readouterr()
     of_export, again = run_evaluate(tmp_path, exported, shards)
     _, of_folders = run_evaluate(tmp_path, exported, folders)
-    assert answers == again and len(set(answers.values())) >= 5
+    assert answers == again and len(set(answers.values())) >= 3
     by_key = {name.rpartition("/")[2].removesuffix(".jpg"): a for name, a in of_folders.items()}
     assert by_key == answers
     right = sum(answers[f"s{i:05d}"] == WNIDS[digit] for i, (_, digit) in enumerate(digits120()))
