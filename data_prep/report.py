@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import random
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from data_prep.names import escaped
 from data_prep.records import Workspace
 from data_prep.thumbnails import thumbnail
-from l2vit import charts, files
+from l2vit import charts, files, pages
 from l2vit.data.manifest import LABEL_WIDTH, Manifest, Shard
 from l2vit.errors import UserError
 
@@ -23,35 +22,6 @@ _SHEET_SHARDS = 4
 _EXTREMES = 8  # largest and smallest classes shown
 _BINS = 24
 _MOST_MEASURED = 1_000_000
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1d2430;--dim:#687386;--line:#e2e6ee;--page:#f6f7fa;
---card:#fff;--main:#3b6fd4;--good:#2d9467;--warn:#c47a1b;--bad:#c14343}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ebf2;--dim:#97a1b3;--line:#2c3443;--page:#12161d;
---card:#1a202b;--main:#6f9bf0;--good:#55bb8d;--warn:#dfa04a;--bad:#e07070}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 24px 64px}h1{font-size:28px;margin:0 0 4px}
-h2{font-size:18px;margin:0 0 12px}h3{font-size:14px;margin:16px 0 6px}
-.quiet{color:var(--dim)}p{margin:0 0 12px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0}
-.card,section{background:var(--card);border:1px solid var(--line);border-radius:12px}
-.card{padding:14px 16px}.card b{display:block;font-size:22px;font-variant-numeric:tabular-nums}
-.card span{color:var(--dim);font-size:13px}section{padding:20px 22px;margin:16px 0}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:24px}
-.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(88px,1fr));gap:6px}
-figure{margin:0;min-width:0}figure img{width:100%;aspect-ratio:1;object-fit:cover;
-border-radius:6px;display:block;background:var(--line)}figcaption{font-size:11px;color:var(--dim);overflow:hidden;
-text-overflow:ellipsis;white-space:nowrap}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:14px 20px}
-.sheet .strip{grid-template-columns:repeat(6,1fr);gap:4px}
-.sheet h3{margin:0 0 4px;white-space:nowrap;
-overflow:hidden;text-overflow:ellipsis}
-table{border-collapse:collapse;width:100%;font-size:13px}td{padding:5px 8px;
-border-top:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-td:first-child{color:var(--dim);width:210px}code{font-size:12px}
-.pill{display:inline-block;border-radius:99px;padding:1px 10px;font-size:13px;color:#fff}
-.pill.good{background:var(--good)}.pill.warn{background:var(--warn)}
-"""
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
@@ -78,23 +48,13 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
         ]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or directory}: {error.strerror}") from error
-    title = _shown(f"{_name(manifest)} {manifest.split}")
-    files.write_text(
-        target,
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}: shards</title><style>{_STYLE}{charts.STYLE}</style>"
-        f"<main>{''.join(parts)}</main></html>\n",
-    )
+    title = escaped(f"{_name(manifest)} {manifest.split}: shards")
+    files.write_text(target, pages.document(title, "".join(parts)))
     return target
 
 
 def _shown(text: str) -> str:
-    return html.escape(escaped(text))
-
-
-def _card(value: str, what: str) -> str:
-    return f'<div class="card"><b>{_shown(value)}</b><span>{_shown(what)}</span></div>'
+    return pages.shown(escaped(text))
 
 
 def _head(directory: Path, manifest: Manifest) -> str:
@@ -102,18 +62,18 @@ def _head(directory: Path, manifest: Manifest) -> str:
     size = sum(shard.bytes for shard in manifest.shards)
     used = sum(count > 0 for count in manifest.class_counts)
     cards = [
-        _card(f"{manifest.samples:,}", "images"),
-        _card(f"{used:,} of {len(manifest.classes):,}", "classes with images"),
-        _card(f"{len(manifest.shards):,}", "shards"),
-        _card(_bytes(size), "on disk"),
-        _card(f"{sum(reasons.get('repaired', {}).values()):,}", "repaired"),
-        _card(f"{sum(reasons.get('rejected', {}).values()):,}", "left out"),
+        (f"{manifest.samples:,}", "images"),
+        (f"{used:,} of {len(manifest.classes):,}", "classes with images"),
+        (f"{len(manifest.shards):,}", "shards"),
+        (_bytes(size), "on disk"),
+        (f"{sum(reasons.get('repaired', {}).values()):,}", "repaired"),
+        (f"{sum(reasons.get('rejected', {}).values()):,}", "left out"),
     ]
     return (
         f"<h1>{_shown(_name(manifest))}, {_shown(manifest.split)} part</h1>"
         f'<p class="quiet">{_shown(str(directory))} · manifest <code>{manifest.hash[:16]}</code> ·'
         f" classes <code>{manifest.class_hash[:16]}</code></p>"
-        f'<div class="cards">{"".join(cards)}</div>'
+        + pages.cards((escaped(value), what) for value, what in cards)
     )
 
 
@@ -346,7 +306,7 @@ def _provenance(manifest: Manifest) -> str:
     rows = "".join(
         f"<tr><td>{name}</td><td>{_shown(str(value))}</td></tr>" for name, value in pairs
     )
-    return f"<section><h2>Provenance</h2><table>{rows}</table></section>"
+    return pages.section("Provenance", f'<table class="facts">{rows}</table>')
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -13,11 +13,12 @@ from l2vit.errors import ConfigError
 
 COMMANDS = {
     "data": ("data_prep.__main__", "raw archives to shards: build, verify, report"),
-    "pretrain": ("pretrain.__main__", "train, plan, preview, runs, keys"),
+    "pretrain": ("pretrain.__main__", "train, plan, preview, runs, report, keys"),
     "finetune": ("finetune.__main__", "train, evaluate, export, look"),
     "plan": ("pretrain.plan", "steps, learning rates, memory, time and cost of a run"),
     "preview": ("pretrain.preview", "a page with the pictures and targets of a batch"),
     "runs": ("pretrain.runs", "how far the runs in a directory have come, and their curves"),
+    "report": ("pretrain.report", "the page about one run, at any time"),
     "keys": ("pretrain.keys", "what the keys of a configuration mean"),
     "evaluate": ("finetune.evaluate", "exact accuracy on shards or folders of pictures"),
     "export": ("finetune.export_timm", "a directory timm loads, proven to be the same model"),
@@ -65,7 +66,7 @@ _COMPLETION = """_l2vit() {{
   case $before in
     l2vit) words="{commands}" ;;
     data) words="build verify report" ;;
-    pretrain) words="train plan preview runs keys" ;;
+    pretrain) words="train plan preview runs report keys" ;;
     finetune) words="train evaluate export publish look detect segment" ;;
     --config) COMPREPLY=($(compgen -f -X '!*.yaml' -- "$word") $(compgen -d -- "$word")); return ;;
     keys|--help) words="{keys}" ;;

@@ -1,36 +1,29 @@
-"""Charts for every report: matplotlib's SVG, ready to stand inside an HTML page.
+"""Charts for every report: hand-drawn SVG inside a ``<figure>``, for pages of `l2vit.pages`.
 
-Each function returns one ``<svg>`` element as text, or an empty string when there is nothing to
-draw. Text and axes take the page's own colour, so a chart can be read on light and dark pages; the
-value under the pointer shows as a tooltip; equal data gives equal text.
+Each function returns one element as text, or an empty string when there is nothing to draw. Text
+and axes take the page's own colour. A chart is about as wide as a telephone and stands several in a
+row on a desk, so that its letters keep their size. Line charts carry their points: the page's
+script shows the values under the pointer. Equal data gives equal text.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import html
 import itertools
+import json
 import math
-import re
-import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from l2vit.errors import UserError
 
 Points = Sequence[tuple[float, float]]
 
 PALETTE = ("#2f86c6", "#d9653b", "#4c9a63", "#a675b8", "#b58a1b", "#5f7f99")
 """Colours of several series; each can be told from the background, light or dark."""
-STYLE = "svg.chart{max-width:100%;height:auto}"
-"""CSS for a page with charts."""
 
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "http://www.w3.org/1999/xlink"
-_INK = "#010203"  # drawn with this colour, then written as currentColor
-_MOST_POINTS = 1200
-_MOST_TOOLTIPS = 150
+WIDTH, HEIGHT = 380, 220
+_RIGHT, _TOP, _BOTTOM = 14, 10, 40
+_LETTER = 6.2  # width of a digit of the axes
+_MOST_POINTS = 500
+_SMOOTHED_FROM = 30  # fewer points are drawn as they are
 
 
 def line_chart(
@@ -38,44 +31,45 @@ def line_chart(
     series: Mapping[str, Points],
     *,
     x_label: str = "step",
-    log_y: bool = False,
-    width: float = 5.6,
-    height: float = 2.6,
+    per_epoch: float = 0.0,
+    smooth: bool = False,
 ) -> str:
     """Curves over a common x axis; a curve of a single point is drawn as a dot.
 
     Args:
         title: shown above the chart.
-        series: (x, y) points by name; values that are not finite (on a log axis: not positive)
-            are left out.
+        series: (x, y) points by name, x increasing; values that are not finite are left out.
         x_label: what the x axis counts.
-        log_y: use a logarithmic y axis.
-        width: inches.
-        height: inches.
+        per_epoch: that many x are an epoch; the axis then tells epochs, too.
+        smooth: draw long curves averaged, over the faint points themselves.
     """
-    shown = {name: _drawable(points, log_y) for name, points in series.items()}
-    shown = {name: points for name, points in shown.items() if points}
-    if not shown:
+    drawn = {
+        name: thin([p for p in points if math.isfinite(p[1])], _MOST_POINTS)
+        for name, points in series.items()
+    }
+    drawn = {name: points for name, points in drawn.items() if points}
+    if not drawn:
         return ""
-    figure, axes = _figure(title, width, height)
-    tooltips = {}
-    for number, (name, points) in enumerate(shown.items()):
+    xs, ys = ([p[i] for points in drawn.values() for p in points] for i in (0, 1))
+    plot = _Plot(min(xs), max(xs), min(ys), max(ys))
+    curves, carried = [], []
+    for number, (name, points) in enumerate(drawn.items()):
         color = PALETTE[number % len(PALETTE)]
-        dot = "o" if len(points) == 1 else ""
-        xs, ys = zip(*thin(points, _MOST_POINTS), strict=True)
-        axes.plot(xs, ys, color=color, marker=dot, linewidth=1.5, label=name)
-        marked = thin(points, _MOST_TOOLTIPS)
-        xs, ys = zip(*marked, strict=True)
-        gid = f"tips{number}"
-        axes.plot(xs, ys, "o", markersize=9, alpha=0, color=color, gid=gid)
-        tooltips[gid] = [f"{name}, {x_label} {x:,.10g}: {y:,.6g}" for x, y in marked]
-    axes.set_xlabel(x_label, loc="right")
-    if all(float(x).is_integer() for points in shown.values() for x, _ in points):
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.set_yscale("log" if log_y else "linear")
-    if len(shown) > 1:
-        axes.legend(frameon=False, labelcolor="linecolor", fontsize=8)
-    return _svg(figure, title, tooltips)
+        curves.append(_curve(plot, points, color, number, smooth=smooth))
+        carried.append({"name": name, "color": color, "points": points})
+    data = {
+        "x_label": x_label,
+        "per_epoch": per_epoch,
+        "box": [plot.left, _TOP, plot.width, plot.height],
+        "range": [plot.low, plot.high],
+        "series": carried,
+    }
+    inner = (
+        plot.grid(x_label, per_epoch)
+        + "".join(curves)
+        + f'<line class="cross" x1="0" x2="0" y1="{_TOP}" y2="{_TOP + plot.height}"/>'
+    )
+    return _figure(title, _svg(title, inner, HEIGHT, focus=True), _keys(list(drawn)), data)
 
 
 def histogram(
@@ -85,134 +79,189 @@ def histogram(
     *,
     x_label: str = "",
     color: str = PALETTE[0],
-    width: float = 4.6,
-    height: float = 2.2,
 ) -> str:
     """Bars between ``edges`` (one more than ``counts``)."""
     if not counts:
         return ""
-    figure, axes = _figure(title, width, height)
-    sizes = [right - left for left, right in itertools.pairwise(edges)]
-    bars = axes.bar(edges[:-1], counts, sizes, align="edge", color=color, edgecolor="none")
-    tooltips = {}
-    for number, bar in enumerate(bars):
-        bar.set_gid(f"bar{number}")
-        between = f"{edges[number]:,.6g} to {edges[number + 1]:,.6g}"
-        tooltips[f"bar{number}"] = [f"{between}: {counts[number]:,.6g}"]
-    axes.set_xlabel(x_label)
-    return _svg(figure, title, tooltips)
+    plot = _Plot(edges[0], edges[-1], 0.0, max(*counts, 1))
+    bars = []
+    for count, (start, end) in zip(counts, itertools.pairwise(edges), strict=True):
+        x, y = plot.x(start), plot.y(count)
+        wide = max(plot.x(end) - x - 0.5, 0.5)
+        text = f"{_number(start)} to {_number(end)}: {_number(count)}"
+        bars.append(_bar(x, y, wide, plot.y(0) - y, color, text))
+    return _figure(title, _svg(title, plot.grid(x_label, 0.0) + "".join(bars), HEIGHT))
 
 
 def bar_chart(
-    title: str,
-    pairs: Sequence[tuple[str, float]],
-    *,
-    color: str = PALETTE[0],
-    width: float = 4.6,
+    title: str, pairs: Sequence[tuple[str, float]], *, color: str = PALETTE[0], unit: str = ""
 ) -> str:
     """Horizontal bars from top to bottom, one for each (name, value), with the value beside it."""
     if not pairs:
         return ""
-    figure, axes = _figure(title, width, 0.5 + 0.26 * len(pairs))
-    places, values = range(len(pairs)), [value for _, value in pairs]
-    bars = axes.barh(places, values, color=color, height=0.7)
-    axes.bar_label(bars, [f"{value:,.6g}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(places, [_shortened(name) for name, _ in pairs])
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    axes.spines[:].set_visible(False)
-    axes.xaxis.set_visible(False)
-    axes.grid(False)
-    tooltips = {}
-    for number, (bar, (name, value)) in enumerate(zip(bars, pairs, strict=True)):
-        bar.set_gid(f"bar{number}")
-        tooltips[f"bar{number}"] = [f"{name}: {value:,.6g}"]
-    return _svg(figure, title, tooltips)
+    names = [name if len(name) <= 26 else f"{name[:25]}…" for name, _ in pairs]
+    labels = [f"{_number(value)}{unit}" for _, value in pairs]
+    left = min(max(map(len, names)) * _LETTER + 8, WIDTH * 0.48)
+    room = WIDTH - left - max(map(len, labels)) * _LETTER - 10
+    largest = max((value for _, value in pairs), default=0) or 1
+    rows = []
+    for number, ((name, value), label) in enumerate(zip(pairs, labels, strict=True)):
+        y, wide = 22 * number + 4, max(value, 0) / largest * room
+        rows.append(
+            f'<text x="{left - 6:.1f}" y="{y + 12}" text-anchor="end">'
+            f"{html.escape(names[number])}</text>"
+            + _bar(left, y, wide, 16, color, f"{name}: {label}")
+            + f'<text x="{left + wide + 5:.1f}" y="{y + 12}">{label}</text>'
+        )
+    return _figure(title, _svg(title, "".join(rows), 22 * len(pairs) + 6))
 
 
 def thin(points: Points, most: int) -> list[tuple[float, float]]:
     """At most about ``most`` of the points, evenly taken, the last one kept."""
     step = max(1, math.ceil(len(points) / most))
     kept = list(points[::step])
-    if kept[-1] != points[-1]:
+    if kept and kept[-1] != points[-1]:
         kept.append(points[-1])
     return kept
 
 
-def _drawable(points: Points, log_y: bool) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(y) and not (log_y and y <= 0)]
+def smoothed(points: Points) -> list[tuple[float, float]]:
+    """An exponential average over about a thirtieth of the curve, without a bias at its start."""
+    keep = 1 - 1 / max(2.0, len(points) / 30)
+    total = weight = 0.0
+    averaged = []
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        averaged.append((x, total / weight))
+    return averaged
 
 
-def _shortened(name: str, most: int = 28) -> str:
-    # matplotlib reads text between dollar signs as a formula
-    text = name if len(name) <= most else f"{name[: most - 1]}…"
-    return text.replace("$", r"\$")
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` round numbers from ``low`` to ``high``: 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(f * power for f in (1, 2, 5, 10, 20) if span / (f * power) <= most - 1)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:
-    """An empty chart in the style all of them share."""
-    try:
-        from matplotlib.figure import Figure  # slow to import; most programs draw nothing
-        from matplotlib.ticker import StrMethodFormatter
-    except ImportError:
-        raise UserError("charts need matplotlib: pip install -r requirements.txt") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=10, color=_INK)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-        axis.label.set(color=_INK, fontsize=8)
-    axes.tick_params(colors=_INK, labelsize=8, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.grid(color=_INK, alpha=0.12, linewidth=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
+class _Plot:
+    """The area within the axes, and where a point lies in it."""
+
+    def __init__(self, low: float, high: float, bottom: float, top: float) -> None:
+        if bottom == top:
+            pad = abs(top) * 0.1 or 1.0
+            bottom, top = bottom - pad, top + pad
+        if bottom:  # bars stand on their zero, curves keep off the frame
+            room = 0.04 * (top - bottom)
+            bottom, top = bottom - room if bottom < 0 or bottom > room else 0.0, top + room
+        self.low, self.high, self.bottom, self.top = low, high, bottom, top
+        self.y_ticks = ticks(bottom, top, 6)
+        self.left = max(len(_number(y)) for y in self.y_ticks) * _LETTER + 8
+        self.width, self.height = WIDTH - self.left - _RIGHT, HEIGHT - _TOP - _BOTTOM
+
+    def x(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return self.left + share * self.width
+
+    def y(self, value: float) -> float:
+        return _TOP + (self.top - value) / (self.top - self.bottom) * self.height
+
+    def grid(self, x_label: str, per_epoch: float) -> str:
+        floor, right = _TOP + self.height, self.left + self.width
+        parts = [
+            f'<line class="grid" x1="{self.left:.1f}" x2="{right:.1f}" y1="{self.y(y):.1f}"'
+            f' y2="{self.y(y):.1f}"/><text x="{self.left - 5:.1f}" y="{self.y(y) + 3.5:.1f}"'
+            f' text-anchor="end">{_number(y)}</text>'
+            for y in self.y_ticks
+        ]
+        parts.append(
+            f'<line class="axis" x1="{self.left:.1f}" x2="{right:.1f}" y1="{floor}" y2="{floor}"/>'
+        )
+        parts += self._row(ticks(self.low, self.high, 5), x_label, floor + 14, "", 1.0)
+        if per_epoch:
+            epochs = ticks(self.low / per_epoch, self.high / per_epoch, 6)
+            parts += self._row(epochs, "epoch", floor + 29, "faint", per_epoch)
+        return "".join(parts)
+
+    def _row(
+        self, values: Sequence[float], name: str, y: float, kind: str, scale: float
+    ) -> list[str]:
+        """Numbers below the axis, and at its right end what they count."""
+        right = self.left + self.width
+        taken = right - len(name) * _LETTER
+        row = [f'<text class="{kind}" x="{right:.1f}" y="{y}" text-anchor="end">{name}</text>']
+        for value in values:
+            text, x = _number(value), self.x(value * scale)
+            if x + len(text) * _LETTER / 2 < taken - 4 or not name:
+                row.append(
+                    f'<text class="{kind}" x="{x:.1f}" y="{y}" text-anchor="middle">{text}</text>'
+                )
+        return row
 
 
-def _svg(figure: Any, title: str, tooltips: Mapping[str, Sequence[str]]) -> str:
-    import matplotlib as mpl
-
-    stream = io.BytesIO()
-    in_ink = mpl.rc_context({"svg.fonttype": "none", "text.color": _INK})
-    with in_ink, warnings.catch_warnings():
-        # letters that matplotlib's font lacks are text in the SVG: the browser draws them
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(stream, format="svg", transparent=True)
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _XLINK)
-    root = ET.fromstring(stream.getvalue().decode())
-    for element in list(root):  # no date, and no CSS: it would apply to the whole page
-        if element.tag.endswith("metadata") or element.find(f"{{{_SVG}}}style") is not None:
-            root.remove(element)
-    for element in root.iter(f"{{{_SVG}}}g"):
-        _add_tooltips(element, tooltips.get(element.get("id", ""), ()))
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
-    root.set("class", "chart")
-    root.set("role", "img")
-    root.set("aria-label", title)
-    text = ET.tostring(root, encoding="unicode").replace(_INK, "currentColor")
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-    return _with_own_ids(text)
-
-
-def _add_tooltips(group: ET.Element, texts: Sequence[str]) -> None:
-    """Give each marker of a curve its text, or a bar the only one."""
-    markers = list(group.iter(f"{{{_SVG}}}use")) or [group]
-    for marker, text in zip(markers, texts, strict=False):
-        ET.SubElement(marker, f"{{{_SVG}}}title").text = text
-
-
-def _with_own_ids(svg: str) -> str:
-    """Rename the ids that are used and drop the rest: those of two charts on a page must differ.
-
-    matplotlib's own are random, so they are numbered; the digest covers title and data.
-    """
-    used = re.findall(r'(?:href="#|url\(#)([^")]+)', svg)
-    places = {old: str(number) for number, old in enumerate(dict.fromkeys(used))}
-    svg = re.sub(r'(href="#|url\(#)([^")]+)', lambda m: m[1] + "@" + places[m[2]], svg)
-    svg = re.sub(
-        r' id="([^"]+)"', lambda m: f' id="@{places[m[1]]}"' if m[1] in places else "", svg
+def _curve(plot: _Plot, points: Points, color: str, number: int, *, smooth: bool) -> str:
+    series = f'data-series="{number}"'
+    if len(points) == 1:
+        x, y = plot.x(points[0][0]), plot.y(points[0][1])
+        return f'<circle {series} cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>'
+    if not smooth or len(points) < _SMOOTHED_FROM:
+        return f'<path {series} stroke="{color}" d="{_path(plot, points)}"/>'
+    return (
+        f'<path class="raw" {series} stroke="{color}" d="{_path(plot, points)}"/>'
+        f'<path {series} stroke="{color}" d="{_path(plot, smoothed(points))}"/>'
     )
-    digest = hashlib.sha256(svg.encode()).hexdigest()[:10]
-    return re.sub(r'((?:id="|href="#|url\(#))@', rf"\g<1>c{digest}-", svg)
+
+
+def _path(plot: _Plot, points: Points) -> str:
+    return "M" + "L".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
+
+
+def _bar(x: float, y: float, width: float, height: float, color: str, text: str) -> str:
+    return (
+        f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{max(height, 0):.2f}"'
+        f' fill="{color}"><title>{html.escape(text)}</title></rect>'
+    )
+
+
+def _keys(names: Sequence[str]) -> str:
+    """The legend: a button a curve."""
+    if len(names) < 2:
+        return ""
+    buttons = (
+        f'<button type="button" data-series="{number}" aria-pressed="true">'
+        f'<i style="background:{PALETTE[number % len(PALETTE)]}"></i>{html.escape(name)}</button>'
+        for number, name in enumerate(names)
+    )
+    return f'<div class="keys">{"".join(buttons)}</div>'
+
+
+def _svg(title: str, inner: str, height: float, *, focus: bool = False) -> str:
+    focusable = ' tabindex="0"' if focus else ""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
+        f' aria-label="{html.escape(title)}"{focusable}>{inner}</svg>'
+    )
+
+
+def _figure(title: str, svg: str, keys: str = "", data: Mapping[str, object] | None = None) -> str:
+    carried = ""
+    if data is not None:
+        text = json.dumps(data, separators=(",", ":"))
+        for letter in "&<>":  # neither the script nor XML may end here
+            text = text.replace(letter, f"\\u{ord(letter):04x}")
+        carried = f'<script type="application/json">{text}</script>'
+    return (
+        f'<figure class="chart"><figcaption>{html.escape(title)}</figcaption>{keys}{svg}{carried}'
+        "</figure>"
+    )
+
+
+def _number(value: float) -> str:
+    """Short for an axis, and exact enough: 12,345 and 0.125, 1e-05 and 2.5e+09."""
+    if value and not 1e-3 <= abs(value) < 1e9:
+        return f"{value:.3g}"
+    return f"{value:,.6g}" if abs(value) < 1e5 else f"{value:,.0f}"

@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": ("pretrain.plan", "steps, learning rates, memory, time and cost; starts nothing"),
     "preview": ("pretrain.preview", "an HTML page with the pictures and targets of a batch"),
     "runs": ("pretrain.runs", "how far the runs in a directory have come, and their curves"),
+    "report": ("pretrain.report", "the page about one run, at any time"),
     "keys": ("pretrain.keys", "every key of a configuration, one of them, or a section"),
 }
 

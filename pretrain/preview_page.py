@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from l2vit import pages
 from l2vit.data.augment import NO_OP, OPS, AugmentParams, AugmentSampler
 from l2vit.data.batch import Batch
 from l2vit.data.config import AugmentConfig, DataConfig
@@ -31,19 +32,15 @@ from l2vit.train.config import TrainConfig
 
 BACKENDS: tuple[Literal["pil", "dali"], ...] = ("pil", "dali")
 _TITLES = {"pil": "PIL", "dali": "DALI", "mixed": "mixed"}
-_STYLE = """:root{color-scheme:light dark;--dim:light-dark(#687386,#97a1b3);
---line:light-dark(#dde2ea,#2c3443);--card:light-dark(#fff,#1a202b)}
-body{font:14px/1.45 system-ui,sans-serif;margin:24px;background:light-dark(#f6f7fa,#12161d)}
-h1{font-size:22px;margin:0 0 4px}main{display:grid;gap:14px;margin-top:18px;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,540px),1fr))}
-section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
-section:target{outline:3px solid #2f86c6}h2{font-size:15px;margin:0}
-.quiet,figcaption,th{color:var(--dim)}.quiet{margin:0 0 8px;font-size:12px}
-.strip{display:flex;gap:8px}figure{margin:0;flex:1 1 0;min-width:0}
-figure img,figure svg{display:block;width:100%;aspect-ratio:1;border-radius:4px}
-figure img{image-rendering:pixelated}figure rect{fill:none;stroke:#ff3d7f;stroke-width:3px;
-vector-effect:non-scaling-stroke}figcaption{font-size:12px}table{margin-top:8px;font-size:13px}
-th{text-align:left;font-weight:normal;padding-right:12px;vertical-align:top}a{color:inherit}"""
+_STYLE = """.places{display:grid;gap:14px;margin-top:18px;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,500px),1fr))}
+.places section{margin:0;min-width:0;padding:12px 14px}
+section:target{outline:3px solid var(--main)}h2{margin:0}
+.row{display:flex;gap:8px}.row figure{flex:1 1 0}
+.row img,.row svg{display:block;width:100%;aspect-ratio:1;border-radius:4px}
+.row img{image-rendering:pixelated}.row rect{fill:none;stroke:#ff3d7f;stroke-width:3px;
+vector-effect:non-scaling-stroke}.row figcaption{font-size:12px;color:var(--dim)}
+.places table{margin-top:8px}.places td,.places th{border:0;padding:1px 12px 1px 0}"""
 _SOURCE_SIDE = 320
 _WITHOUT = ("AutoContrast", "Equalize", "Invert")
 _ARGUMENTS = {
@@ -163,14 +160,12 @@ def page(settings: TrainConfig, *, images: int, images_seen: int) -> str:
         apart = np.abs(preview.stages["pil"].astype(int) - preview.stages["dali"]).mean()
         compared = f"Mean difference of the backends: {apart:.3f} of 255."
     cards = "".join(_card(preview, i) for i in range(images))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>What the model sees</title><style>{_STYLE}</style>"
+    body = (
         f"<h1>What the model sees of {html.escape(settings.data.train)}</h1>"
         f"<p>Step at {images_seen:,} images seen, seed {settings.run.seed}, epoch"
-        f" {preview.batch.epoch}. {compared}</p><main>{cards}</main></html>\n"
+        f' {preview.batch.epoch}. {compared}</p><div class="places">{cards}</div>'
     )
+    return pages.document("What the model sees", body, style=_STYLE)
 
 
 def _card(preview: Preview, i: int) -> str:
@@ -188,7 +183,7 @@ def _card(preview: Preview, i: int) -> str:
     return (
         f'<section id="place{i}"><h2>{i}. {label}</h2>'
         f'<p class="quiet">sample {batch.sample_ids[i]}, position {batch.positions[i]}</p>'
-        f'<div class="strip">{"".join(figures)}</div><table>{rows}</table></section>'
+        f'<div class="row">{"".join(figures)}</div><table>{rows}</table></section>'
     )
 
 

@@ -23,7 +23,7 @@ LEVELS = {
     "l2vit.data": 0,
     "l2vit.models": 0,
 }
-SHARED = ("config", "files", "errors", "cli", "charts")
+SHARED = ("config", "files", "errors", "cli", "charts", "pages")
 """Modules of l2vit that every room may use; they use only each other."""
 
 # Documented commands that moved: each is a file of one import, kept for those who type the old.
@@ -89,7 +89,7 @@ GRAPH = {name(path): imported_files(path) for path in SOURCES}
 
 
 def room(file: str) -> str:
-    """``finetune``, ``l2vit.train``, ...; ``shared`` for config, files, errors, cli and charts."""
+    """``finetune``, ``l2vit.train``, ...; ``shared`` for what every room may use."""
     top, *below = Path(file).with_suffix("").parts
     if top != "l2vit":
         return top

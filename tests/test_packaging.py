@@ -80,7 +80,7 @@ def test_the_wheel_holds_programs_recipes_and_types(wheel):
     source = {
         str(path.relative_to(ROOT))
         for package in PACKAGES
-        for pattern in ("*.py", "*.yaml")
+        for pattern in ("*.py", "*.yaml", "*.css", "*.js")
         for path in (ROOT / package).rglob(pattern)
     }
     content = {n for n in names if ".dist-info/" not in n}

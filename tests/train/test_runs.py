@@ -1,6 +1,7 @@
 """Runs side by side: what their files say, whatever state they are in."""
 
 import json
+import re
 
 import pytest
 
@@ -54,8 +55,11 @@ def test_values_and_the_page(directory, capsys):
     assert tiny["top1_percent"] == {"val": 50.0, "val_ema": 61.5}
     assert begun["loss"] is None
     text = page.read_text()
-    assert text.count("<svg") == 4, "loss, speed and two accuracies"
-    assert "tiny, step 8: 0.5" in text and "deep/longer, step 8: 0.5" in text
+    assert text.count("<svg") == 3, "loss, speed and the accuracies"
+    data = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    loss = next(c for c in map(json.loads, data) if len(c["series"][0]["points"]) == 8)
+    assert [s["name"] for s in loss["series"]] == ["deep/longer", "tiny"]
+    assert all(s["points"][-1] == [8, 0.5] for s in loss["series"])
 
 
 def test_one_run_and_none(directory, tmp_path, capsys):

@@ -9,6 +9,7 @@ from l2vit.train import checkpoint, metrics, run_dir
 from l2vit.train.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig
 from l2vit.train.distributed import from_environment
 from l2vit.train.report import page
+from l2vit.train.run_record import RunRecord
 
 LENGTH = ["90 epochs", "0 epochs"]
 
@@ -72,7 +73,7 @@ def test_damaged_records_are_left_out(harm, config, capfd):
     assert [record["step"] for record in metrics.read(path)] == [1, 2, 4, 5, 6, 7, 8]
     assert aside(run) == ["damaged-metrics.jsonl"]
     assert "has damaged lines" in capfd.readouterr().err
-    assert "<svg" in page("run", metrics.read(path), done=False)
+    assert "<svg" in page(RunRecord.load(run))
 
 
 def test_every_flipped_bit_of_the_records_can_be_lived_with(config):
@@ -83,7 +84,7 @@ def test_every_flipped_bit_of_the_records_can_be_lived_with(config):
         harmed[at] ^= 1 << at % 8
         path.write_bytes(harmed)
         run_dir.reached(path.parent)
-        page("run", metrics.read(path), done=False)
+        page(RunRecord.load(path.parent))
 
 
 def test_a_line_cut_short_by_a_kill_is_no_damage(config, capfd):
