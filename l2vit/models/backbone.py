@@ -34,10 +34,12 @@ class Stage(nn.Module):
         self.norm = norm if norm is not None else nn.Identity()
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Sequence[Any] | None = None) -> Tensor:
+        """``kept``: for each block what `Backbone.draw_paths` drew for it."""
         x = self.downsample(x)
-        for block in self.blocks:
-            x = recompute(block, x) if self.grad_checkpointing else block(x)
+        for index, block in enumerate(self.blocks):
+            drawn = () if kept is None else (kept[index],)
+            x = recompute(block, x, *drawn) if self.grad_checkpointing else block(x, *drawn)
         return self.norm(x)
 
 
@@ -83,6 +85,7 @@ class Backbone(nn.Module):
             for stage, dim in enumerate(dims)
         ]
         self.grad_checkpointing = False
+        self.draws_paths_at_once = False
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.norm = norm
@@ -146,10 +149,11 @@ class Backbone(nn.Module):
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
         x = self.forward_stem(x)
+        kept = self.draw_paths(x)
         for index, stage in enumerate(self.stages):
             if stop_early and index > last:
                 break
-            x = stage(x)
+            x = stage(x, kept[index])
             if index in take:
                 y = self.norm(x) if norm and index == len(self.stages) - 1 else x
                 intermediates.append(to_nchw(y) if output_fmt == "NCHW" else y)
@@ -185,11 +189,17 @@ class Backbone(nn.Module):
         """The image (B, in_chans, H, W) as the first stage takes it, (B, H/4, W/4, C)."""
         return recompute(self.stem, x) if self.grad_checkpointing else self.stem(x)
 
+    def draw_paths(self, x: Tensor) -> Sequence[Any]:
+        """Stochastic depth of a forward pass, for each stage what its blocks take; None: each
+        draws for itself. A network that can draw for all of them does if ``draws_paths_at_once``.
+        """
+        return [None] * len(self.stages)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised features of the last stage, (B, H/32, W/32, C)."""
         x = self.forward_stem(x)
-        for stage in self.stages:
-            x = stage(x)
+        for stage, kept in zip(self.stages, self.draw_paths(x), strict=True):
+            x = stage(x, kept)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

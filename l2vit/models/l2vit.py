@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from l2vit.models.layers import (
     require_one_of,
     to_nchw,
     to_nhwc,
+    unobserved,
 )
 from l2vit.models.ops.reference import linear_attention_weights
 
@@ -91,6 +92,9 @@ class ConditionalPosition(nn.Module):
         self.conv = DepthwiseConv(dim, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if ops.fuses_residual_conv(x) and unobserved(self.conv, DepthwiseConv):
+            weight, bias = self.conv.weight, self.conv.bias
+            return to_nhwc(ops.residual_depthwise_conv(to_nchw(x), weight, bias))
         return x + to_nhwc(self.conv(to_nchw(x)))
 
 
@@ -204,13 +208,19 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), mlp)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Sequence[Tensor | None] = (None, None, None)) -> Tensor:
         x = self.cpe1(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.add(x, self.attn(self.norm1(x)), kept[0])
         x = self.cpe2(x)
         if self.lcm is not None:
-            x = x + self.drop_path(self.lcm(self.lcm_norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            x = self.add(x, self.lcm(self.lcm_norm(x)), kept[1])
+        return self.add(x, self.mlp(self.norm2(x)), kept[2])
+
+    def add(self, x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
+        """``x + drop_path(branch)``; ``kept`` (B,): its factors, where drawn for all blocks."""
+        if kept is None or isinstance(self.drop_path, nn.Identity):
+            return x + self.drop_path(branch)
+        return torch.addcmul(x, branch, kept.view(-1, 1, 1, 1))
 
 
 class L2ViT(Backbone):
@@ -306,8 +316,18 @@ class L2ViT(Backbone):
             img_size=img_size,
         )
         self.window_size = window_size
+        self.drop_path_rate, self.depth = drop_path_rate, sum(depths)
         self._model_args = {"window_size": window_size}  # timm writes it beside saved weights
         self.apply(_init_weights)
+
+    def draw_paths(self, x: Tensor) -> Sequence[Any]:
+        if not (self.draws_paths_at_once and self.training and self.drop_path_rate > 0):
+            return super().draw_paths(x)
+        rates = torch.linspace(0, self.drop_path_rate, self.depth, device=x.device)[:, None, None]
+        drawn = torch.rand(self.depth, 3, x.shape[0], device=x.device)
+        kept = ((drawn >= rates) / (1 - rates)).to(x.dtype)
+        depths = [len(cast(Stage, stage).blocks) for stage in self.stages]
+        return kept[: sum(depths)].split(depths)
 
     def set_input_size(
         self,

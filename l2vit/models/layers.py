@@ -43,6 +43,28 @@ def to_nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+def unobserved(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is a ``kind`` as it was made, with no hook that waits for its call: then
+    its weights may be used without calling it, and no tool misses anything."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _global_hooks()
+    )
+
+
+def _global_hooks() -> bool:
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
 class DepthwiseConv(nn.Conv2d):
     """Depthwise k×k convolution, stride 1, same padding, with bias; (B, C, H, W) to the same."""
 

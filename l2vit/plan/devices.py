@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from l2vit import config
 from l2vit.errors import ConfigError
+from l2vit.plan.kinds import ALLOCATION, WITHIN
 from l2vit.plan.recorder import Operation
 
 
@@ -58,7 +59,7 @@ class Device:
         return sum(
             count * self._kernel_seconds(operation, low_precision)
             for operation, count in operations.items()
-            if operation.kind != "allocation"
+            if operation.kind not in (ALLOCATION, WITHIN)
         )
 
     def host_seconds(self, operations: Mapping[Operation, int]) -> float:

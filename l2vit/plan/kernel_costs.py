@@ -72,6 +72,7 @@ def _window_attention(products: int) -> Callable[[dict[str, Any]], KernelCost]:
 
 
 _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
+    "taps_kernel": lambda given: KernelCost("depthwise convolutions"),
     "forward_kernel": _depthwise("forward"),
     "weight_gradient_kernel": _depthwise("weight gradient"),
     "context_kernel": _linear_attention(1, 0.8, qkv=2 * _THIRD),

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 COPIES = "layout copies"
+ALLOCATION = "allocation"
+WITHIN = "allocation inside"
+"""Inside an operator of ours: host time and no launch, as PyTorch's operators allocate unseen."""
 _KINDS = {
     "linear layers": "mm addmm bmm baddbmm",
     "convolutions": "convolution convolution_backward",
@@ -18,7 +21,7 @@ _KINDS = {
     COPIES: "clone cat stack",
     "random numbers": "bernoulli_ normal_ uniform_",
     "gathers": "index index_put_ _index_put_impl_ gather scatter_ scatter_add_ index_select",
-    "allocation": "empty empty_like empty_strided new_empty new_empty_strided",
+    ALLOCATION: "empty empty_like empty_strided new_empty new_empty_strided",
     "optimizer": "_fused_adamw_ _foreach_lerp_ _foreach_addcdiv_ _foreach_addcmul_",
     "gradient norm": "linalg_vector_norm _foreach_norm",
     "all-reduce": "allreduce_ all_reduce",

@@ -1,8 +1,10 @@
 """A whole training step as a ledger: launches, bytes, copies and arithmetic, by part and kind.
 
-A launch is one call of an operator that is no view: a foreach call is one, an operator of ours
-counts what it launches inside, an allocation counts because it takes the host as long. Gigabytes
-are those of the tensors an operator reads and writes, each once (also one changed in place).
+A launch is one call of an operator that is no view: a foreach call is one, an allocation counts
+because it takes the host as long, an operator of ours counts as what it launches inside. What that
+allocates, as PyTorch's operators do unseen, is a column of its own: in the host's time and not
+among the launches. Gigabytes are those of the tensors an operator reads and writes, each once
+(also one changed in place).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2vit.plan.devices import Device
-from l2vit.plan.kinds import COPIES
+from l2vit.plan.kinds import COPIES, WITHIN
 from l2vit.plan.recorder import Operation
 
 
@@ -22,6 +24,8 @@ class Totals:
     """Sums over some operations."""
 
     launches: int
+    allocations: int
+    """Inside operators of ours, beside the launches."""
     gigabytes: float
     copy_gigabytes: float
     """Part of the gigabytes: values that only change their place in memory."""
@@ -72,9 +76,9 @@ class Ledger:
     def text(self) -> str:
         """Tables of kinds and parts."""
         rows: list[tuple[str, ...]]
-        rows = [("", "launches", "GB", "copied", "TFLOP", "device ms", "host ms")]
+        rows = [("", "launches", "allocated", "GB", "copied", "TFLOP", "device ms", "host ms")]
         rows += [_row(kind, sums) for kind, sums in self.by_kind().items()]
-        rows += [_row("model and engine", self.totals()), ("",) * 7]
+        rows += [_row("model and engine", self.totals()), ("",) * 8]
         rows += [_row(part, self.totals([part])) for part in self.parts]
         width = max(len(row[0]) for row in rows)
         return "\n".join(
@@ -89,7 +93,8 @@ class Ledger:
         busy = device.device_seconds(operations, low_precision=self.low_precision)
         copied = sum(op.bytes * n for op, n in operations.items() if op.kind == COPIES)
         return Totals(
-            launches=operations.total(),
+            launches=sum(n for op, n in operations.items() if op.kind != WITHIN),
+            allocations=sum(n for op, n in operations.items() if op.kind == WITHIN),
             gigabytes=sum(op.bytes * n for op, n in operations.items()) / 1e9,
             copy_gigabytes=copied / 1e9,
             teraflops=sum(op.flops * n for op, n in operations.items()) / 1e12,
@@ -102,6 +107,7 @@ def _row(name: str, sums: Totals) -> tuple[str, ...]:
     return (
         name,
         f"{sums.launches:,}",
+        f"{sums.allocations:,}",
         f"{sums.gigabytes:,.2f}",
         f"{sums.copy_gigabytes:,.2f}",
         f"{sums.teraflops:,.2f}",

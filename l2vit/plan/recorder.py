@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from l2vit.plan import kernel_costs
-from l2vit.plan.kinds import kind_of
+from l2vit.plan.kinds import ALLOCATION, WITHIN, kind_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[Operation] = Counter()
         self._counting = True
+        self._inside = 0
         self.alive = 0
         self.peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
@@ -61,8 +62,13 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         inside = _python_of(func)
         if inside is not None and _on_meta(args):
-            with self:
-                return inside(*args, **kwargs)
+            ours = func.namespace == "l2vit"
+            self._inside += ours
+            try:
+                with self:
+                    return inside(*args, **kwargs)
+            finally:
+                self._inside -= ours
         result = _keep_layout(func, args, func(*args, **kwargs))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -81,7 +87,9 @@ class Recorder(TorchDispatchMode):
             count = flop_registry.get(func.overloadpacket)
             unit, flops = "matmul", float(count(*args, **kwargs, out_val=result)) if count else 0.0
         kind = kind_of(name, tensors)
-        moved = 0.0 if kind == "allocation" else sum(map(size_of, _distinct(tensors)))
+        if kind == ALLOCATION and self._inside:
+            kind = WITHIN
+        moved = 0.0 if kind in (ALLOCATION, WITHIN) else sum(map(size_of, _distinct(tensors)))
         self.add(Operation(name, kind, unit if flops else "memory", flops, moved))
 
     def add(self, operation: Operation) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from l2vit.data.config import EvalConfig
 from l2vit.data.order import Split, halve, possible
 from l2vit.errors import ConfigError
+from l2vit.models.backbone import Backbone
 from l2vit.train import precision
 from l2vit.train.config import EngineConfig, ModelConfig, TrainConfig
 from l2vit.train.distributed import World
@@ -29,14 +30,18 @@ _LAUNCH_SIGNS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATU
 
 
 def from_config(config: TrainConfig, *, classes: int) -> nn.Module:
-    """The network of a run, see `create`."""
-    return create(
+    """The network of a run, see `create`; from draws 2 on, drop path is drawn for all blocks at
+    once by the networks that can."""
+    network = create(
         config.model,
         classes=classes,
         input_size=config.data.input_size,
         seed=config.run.seed,
         grad_checkpointing=config.engine.grad_checkpointing,
     )
+    if isinstance(network, Backbone):
+        network.draws_paths_at_once = config.run.draws != 1
+    return network
 
 
 def create(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton.runtime.interpreter as interpreter
 
 from l2vit.models import ops
+from l2vit.models.l2vit import ConditionalPosition
 from l2vit.models.layers import DepthwiseConv
 from l2vit.models.ops import gpu, reference
 from l2vit.models.ops import triton_depthwise as depthwise_kernels
@@ -134,6 +135,44 @@ def test_depthwise(dtype, shape, size, with_bias, monkeypatch):
     weight = torch.randn(shape[3], 1, size, size).to(dtype).requires_grad_()
     bias = torch.randn(shape[3]).to(dtype).requires_grad_() if with_bias else None
     compare(depthwise, correlate, (x, weight, bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_depthwise_with_a_residual(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, 40).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in ((40, 1, 3, 3), (40,)))
+    compare(
+        lambda *inputs: torch.ops.l2vit.depthwise(*inputs, True)[0],
+        lambda x, *taps: x + correlate(x, *taps),
+        (x, weight, bias),
+        dtype,
+    )
+
+
+def test_a_position_encoding_in_one_pass_unless_its_convolution_is_watched(on_cpu, monkeypatch):
+    monkeypatch.setattr(gpu, "_verdicts", {("depthwise", 0): True})
+    torch.manual_seed(0)
+    position, x = ConditionalPosition(8), torch.randn(1, 3, 3, 8)
+    seen, calls = [], []
+    monkeypatch.setattr(ops, "residual_depthwise_conv", counted(calls, ops.residual_depthwise_conv))
+    fused = position(x)
+    assert len(calls) == 1
+    with position.conv.register_forward_hook(lambda *given: seen.append(given[2])):
+        by_steps = position(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(fused, by_steps)
+    torch.testing.assert_close(x + seen[0].permute(0, 2, 3, 1), by_steps)
+    with torch.autocast("cpu", torch.bfloat16):  # x stays as fine as it is
+        assert position(x).dtype == torch.float32
+
+
+def counted(calls, function):
+    def call(*inputs):
+        calls.append(inputs)
+        return function(*inputs)
+
+    return call
 
 
 @pytest.mark.parametrize("place", [5, 40, 70])  # in q, k and v of head 1

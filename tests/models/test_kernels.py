@@ -44,6 +44,7 @@ CASES = [
     ("window_attention", "window_attention_kernel", {"SIZE": 7}),
     ("window_attention", "window_gradient_kernel", {"SIZE": 7}),
     ("window_attention", "window_gradient_in_blocks_kernel", {"SIZE": 12}),
+    ("depthwise", "taps_kernel", {"K": 7, "BLOCK_C": 64, "RESIDUAL": True}),
     ("depthwise", "forward_kernel", SLIDE | {"HAS_BIAS": True, "FLIP": False, "BLOCK_C": 64}),
     ("depthwise", "weight_gradient_kernel", SLIDE | {"BLOCK_C": 32}),
 ]

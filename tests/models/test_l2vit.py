@@ -252,3 +252,53 @@ def test_mini_learns():
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     assert MINI[0] == model.feature_info[0]["num_chs"]
+
+
+def small_with_paths(**arguments):
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depths": (2, 2), "num_classes": 3, "drop_path_rate": 0.6}
+    model = timm.create_model("l2vit_tiny", **sizes, **arguments).train()
+    model.draws_paths_at_once = True
+    return model
+
+
+def test_paths_drawn_at_once_have_each_blocks_rate():
+    """Each branch of each image is kept with its block's probability, then divided by it."""
+    model = small_with_paths()
+    drawn = model.draw_paths(torch.zeros(4000, 1, 1, 32))
+    factors = torch.cat(list(drawn))
+    assert [len(part) for part in drawn] == [2, 2] and factors.shape == (4, 3, 4000)
+    for rate, block in zip((0.0, 0.2, 0.4, 0.6), factors, strict=True):
+        expected = torch.tensor(1 / (1 - rate))
+        kept = block != 0
+        torch.testing.assert_close(block[kept], expected.expand(int(kept.sum())))
+        assert (kept.float().mean(1) - (1 - rate)).abs().max() < 4 * (0.25 / 4000) ** 0.5
+    assert not torch.equal(factors[3, 0], factors[3, 1])
+    model.eval()
+    assert model.draw_paths(torch.zeros(2, 1, 1, 32)) == [None, None]
+
+
+def test_a_dropped_branch_adds_nothing_and_gets_no_gradient():
+    block = small_with_paths().stages[1].blocks[0]
+    x = torch.randn(2, 4, 4, 64)
+    kept = torch.tensor([[0.0, 2.5]] * 3)
+    out = block(x, kept)
+    position = block.cpe2(block.cpe1(x))
+    torch.testing.assert_close(out[0], position[0])
+    branch = block.cpe1(x)
+    branch = block.cpe2(branch + 2.5 * block.attn(block.norm1(branch)))
+    torch.testing.assert_close(out[1], (branch + 2.5 * block.mlp(block.norm2(branch)))[1])
+    (grad,) = torch.autograd.grad(out[0].sum(), block.mlp.fc1.weight)
+    assert not grad.any()
+
+
+def test_recomputing_keeps_the_paths_drawn_at_once():
+    images, found = torch.randn(2, 3, 32, 32), []
+    for recompute in (False, True):
+        model = small_with_paths()
+        model.set_grad_checkpointing(recompute)
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

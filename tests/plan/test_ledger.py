@@ -17,7 +17,9 @@ from l2vit.plan import estimate
 from l2vit.plan.devices import DEVICES
 from l2vit.plan.ledger import Ledger
 from l2vit.plan.recorder import Operation, Recorder, kernels_recorded
+from l2vit.plan.step_parts import model_part
 from l2vit.plan.trace import Trace, trace
+from l2vit.train.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,6 +103,22 @@ def test_our_operators_are_followed_inside():
     assert kernel.flops == 2 * 49 * x.numel()
 
 
+def test_what_an_operator_of_ours_allocates_is_host_time_and_no_launch():
+    """Forward: two kernels, their two outputs; an allocation in the open is a launch."""
+    from l2vit.models.ops import triton_depthwise  # noqa: F401  registers the operator
+
+    x, weight = meta(1, 4, 4, 64), meta(64, 1, 3, 3)
+
+    def run():
+        x.new_empty(3)
+        torch.ops.l2vit.depthwise(x, weight, None)
+
+    ledger = Ledger({"model": recorded(run).operations}, DEVICES["h100"], True)
+    totals = ledger.totals()
+    assert (totals.launches, totals.allocations) == (3, 2)
+    assert totals.host_ms == pytest.approx(5 * 1e-3 * DEVICES["h100"].host_us)
+
+
 def test_nothing_is_launched_that_is_not_counted():
     """Every operation of a model's step is in some kind; kinds and parts add up to the whole."""
     found = trace(
@@ -113,7 +131,7 @@ def test_nothing_is_launched_that_is_not_counted():
     other = Counter({Operation("allreduce_", "all-reduce", bytes=8.0): 3})
     ledger = Ledger({"model": found.operations, "engine": other}, DEVICES["h100"], True)
     totals, kinds = ledger.totals(), ledger.by_kind()
-    assert totals.launches == found.operations.total() + 3
+    assert totals.launches + totals.allocations == found.operations.total() + 3
     assert sum(sums.launches for sums in kinds.values()) == totals.launches
     assert sum(s.gigabytes for s in kinds.values()) == pytest.approx(totals.gigabytes)
     assert totals.predicted_ms == max(totals.device_ms, totals.host_ms)
@@ -167,20 +185,21 @@ def test_drop_path_and_loss_are_counted():
     assert names(found)["_log_softmax"] == names(found)["_log_softmax_backward_data"] == 1
 
 
-def test_a_step_of_l2vit_base_stays_within_what_was_reached():
-    """Forward and backward at batch 128: launches and copies do not grow again unnoticed."""
-    found = trace(
-        lambda: timm.create_model("l2vit_base", num_classes=21841, drop_path_rate=0.2),
-        batch=128,
-        input_size=224,
-        classes=21841,
-        dtype=torch.bfloat16,
-    )
+LAUNCHES, GIGABYTES, COPIES = 1500, 126.0, 0.5
+"""Budgets of l2vit_base's step at batch 128; the goal for gigabytes is 105."""
+ENGINE_LAUNCHES, ENGINE_GIGABYTES = 51, 6.6  # of the 88.6 M weights, see docs/performance.md
+
+
+def test_a_step_of_l2vit_base_stays_within_its_budgets():
+    """Model and engine: the model as traced here, the engine as its own test bounds it."""
+    settings = TrainConfig(RunConfig("unused"), ModelConfig("l2vit_base", 0.2), ScheduleConfig(1))
+    settings.engine.precision = "bf16"
+    found = model_part(settings, batch=128, classes=21841)
     totals = Ledger({"model": found.operations}, DEVICES["h100"], True).totals()
-    assert totals.launches <= 2200
-    assert totals.gigabytes <= 131
-    assert totals.copy_gigabytes <= 0.5
+    assert totals.launches + ENGINE_LAUNCHES <= LAUNCHES
+    assert totals.gigabytes + ENGINE_GIGABYTES <= GIGABYTES
+    assert totals.copy_gigabytes <= COPIES
 
 
 def test_the_engine_does_not_work_weight_by_weight(mini):
-    assert mini["parts"]["engine"]["launches"] <= 60
+    assert mini["parts"]["engine"]["launches"] <= ENGINE_LAUNCHES

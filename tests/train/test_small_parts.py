@@ -71,6 +71,17 @@ def test_a_network_that_cannot_be_built_is_a_configuration_error():
         model.from_config(config, classes=10)
 
 
+@pytest.mark.parametrize(("draws", "at_once"), [(0, True), (1, False), (2, True)])
+def test_a_run_begun_with_older_draws_keeps_them(draws, at_once):
+    """Drop path: block by block as timm draws it, or for the whole network."""
+    config = TrainConfig(
+        RunConfig("unused", draws=draws), ModelConfig("l2vit_mini", 0.5), ScheduleConfig(1)
+    )
+    network = model.from_config(config, classes=10).train()
+    drawn = network.draw_paths(torch.zeros(2, 1, 1, 32))
+    assert all((part is not None) == at_once for part in drawn)
+
+
 @pytest.mark.parametrize("name", ["inline_swin_mini", "vit_tiny_patch16_224", "l2vit_mini"])
 def test_an_evaluation_size_is_tried_before_training(name):
     config = TrainConfig(RunConfig("unused"), ModelConfig(name), ScheduleConfig(1))

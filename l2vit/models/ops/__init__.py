@@ -24,10 +24,12 @@ __all__ = [
     "FORMS",
     "Order",
     "depthwise_conv",
+    "fuses_residual_conv",
     "join_heads",
     "linear_attention",
     "linear_attention_denominators",
     "per_image_conv",
+    "residual_depthwise_conv",
     "softmax_attention",
     "split_heads",
     "split_qkv",
@@ -112,11 +114,28 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (C, 1, k, k) with k odd.
         bias: (C,) or None.
     """
+    return _depthwise_form(x, weight, bias)(x, weight, bias)
+
+
+def residual_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x + depthwise_conv(x, weight, bias)``, in one pass where the Triton kernel runs."""
+    compute = _depthwise_form(x, weight, bias)
+    mixed = torch.is_autocast_enabled(x.device.type)  # then x is finer than what is convolved
+    if compute is FORMS["depthwise_conv"]["triton"] and not mixed:
+        return _depthwise_by_triton(x, weight, bias, residual=True)
+    return x + compute(x, weight, bias)
+
+
+def fuses_residual_conv(x: Tensor) -> bool:
+    """Whether :func:`residual_depthwise_conv` may be faster than its two steps by themselves."""
+    return gpu.may_run("depthwise", x)
+
+
+def _depthwise_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Compute:
     # torch.jit.trace, in which no kernel may run, must not see sizes compared.
     triton = gpu.may_run("depthwise", x) and weight.shape[3] in _TRITON_KERNEL_SIZES
     fast = "triton" if triton else "columns" if cpu.prefers_columns(x, weight) else None
-    options = (weight.shape[3], int(bias is not None))
-    return _form("depthwise_conv", x, options, fast)(x, weight, bias)
+    return _form("depthwise_conv", x, (weight.shape[3], int(bias is not None)), fast)
 
 
 def _in_one_precision(
@@ -133,9 +152,11 @@ def _in_one_precision(
     return compute(x, weight, bias)
 
 
-def _depthwise_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _depthwise_by_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool = False
+) -> Tensor:
     x = x.permute(0, 2, 3, 1)
-    return torch.ops.l2vit.depthwise(x, weight, bias)[0].permute(0, 3, 1, 2)
+    return torch.ops.l2vit.depthwise(x, weight, bias, residual)[0].permute(0, 3, 1, 2)
 
 
 def window_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:

@@ -18,14 +18,14 @@ def recomputing() -> bool:
     return _recomputing
 
 
-def recompute(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``; in training its activations are computed again in the backward pass."""
+def recompute(module: nn.Module, *inputs: Any) -> Tensor:
+    """``module(*inputs)``; in training its activations are computed again in the backward pass."""
     if not (module.training and torch.is_grad_enabled()):
-        return module(x)
+        return module(*inputs)
     if torch.compiler.is_compiling():
         # Compilers take no contexts, and write a buffer once however often they compute its value.
-        return checkpoint(module, x, use_reentrant=False)
-    return checkpoint(module, x, use_reentrant=False, context_fn=_contexts)
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=_contexts)
 
 
 def _contexts() -> tuple[Any, Any]:

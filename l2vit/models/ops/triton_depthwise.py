@@ -1,5 +1,8 @@
 """Depthwise convolution on (B, H, W, C): forward, and its gradients, accumulated in fp32.
 
+With a residual, x + conv(x), the kernel's centre is one more: then the forward pass and the input
+gradient add x and the incoming gradient for nothing.
+
 The forward pass slides down the rows: a program keeps the sums of the K output rows that an input
 row touches, so each input is read and converted K times, not K². Taps are made once a step, in
 fp32 and in blocks of channels, for the forward and both gradients. The input gradient is the same
@@ -13,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +31,26 @@ _ROWS = 28  # that a program slides over at most
 @triton.jit
 def _load(at: tl.tensor, valid: tl.tensor) -> tl.tensor:
     return tl.load(at, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def taps_kernel(
+    weight: tl.tensor,
+    taps: tl.tensor,
+    channels: tl.tensor,
+    RESIDUAL: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """(C, K, K) as (channel blocks, K columns, K rows, BLOCK_C). Grid (channel blocks, K·K)."""
+    place = tl.program_id(1)
+    within = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) * BLOCK_C + within
+    tap = _load(weight + channel * (K * K) + place, channel < channels)
+    if RESIDUAL:
+        tap += tl.where(place == (K * K) // 2, 1.0, 0.0)
+    turned = (place % K) * K + place // K
+    tl.store(taps + (tl.program_id(0) * (K * K) + turned) * BLOCK_C + within, tap)
 
 
 @triton.jit
@@ -128,7 +150,7 @@ def weight_gradient_kernel(
 ) -> None:
     """One column j of the kernel over ``chunk`` images, and the bias beside the first.
 
-    Grid (chunks, channel blocks, K). ``part`` is (chunks, K·K + 1, C). ``g0 ... g6`` are rows
+    Grid (chunks, channel blocks, K). ``part`` is (chunks, C·K·K + C). ``g0 ... g6`` are rows
     row − K/2 ... row + K/2 of the incoming gradient, which input row ``row`` meets with taps
     K − 1 ... 0; ``t0 ... t6`` the sums for these.
     """
@@ -177,35 +199,37 @@ def weight_gradient_kernel(
                 if K > 5:
                     t5 += value * g5
                     t6 += value * g6
-    into = part + tl.program_id(0).to(tl.int64) * (K * K + 1) * channels + channel
+    into = part + tl.program_id(0).to(tl.int64) * (K * K + 1) * channels
     seen = channel < channels
-    into_j = into + j * channels
-    tl.store(into_j + (K - 1) * K * channels, tl.sum(t0, 0), mask=seen)
-    tl.store(into_j + (K - 2) * K * channels, tl.sum(t1, 0), mask=seen)
-    tl.store(into_j + (K - 3) * K * channels, tl.sum(t2, 0), mask=seen)
+    tap = into + channel * (K * K) + j
+    tl.store(tap + (K - 1) * K, tl.sum(t0, 0), mask=seen)
+    tl.store(tap + (K - 2) * K, tl.sum(t1, 0), mask=seen)
+    tl.store(tap + (K - 3) * K, tl.sum(t2, 0), mask=seen)
     if K > 3:
-        tl.store(into_j + (K - 4) * K * channels, tl.sum(t3, 0), mask=seen)
-        tl.store(into_j + (K - 5) * K * channels, tl.sum(t4, 0), mask=seen)
+        tl.store(tap + (K - 4) * K, tl.sum(t3, 0), mask=seen)
+        tl.store(tap + (K - 5) * K, tl.sum(t4, 0), mask=seen)
     if K > 5:
-        tl.store(into_j + (K - 6) * K * channels, tl.sum(t5, 0), mask=seen)
-        tl.store(into_j + (K - 7) * K * channels, tl.sum(t6, 0), mask=seen)
+        tl.store(tap + (K - 6) * K, tl.sum(t5, 0), mask=seen)
+        tl.store(tap + (K - 7) * K, tl.sum(t6, 0), mask=seen)
     if j == 0:
-        tl.store(into + K * K * channels, tl.sum(total, 0), mask=seen)
+        tl.store(into + K * K * channels + channel, tl.sum(total, 0), mask=seen)
 
 
 def _block_channels(channels: int) -> int:
     return 64 if channels % 64 == 0 else 32
 
 
-def _blocked_taps(weight: Tensor) -> Tensor:
+def _blocked_taps(weight: Tensor, *, residual: bool) -> Tensor:
     """(C, 1, K, K) as (channel blocks, K columns, K rows, channels of a block) in fp32."""
     channels, _, size, _ = weight.shape
     block = _block_channels(channels)
-    if channels % block:
-        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, block - channels % block))
-    blocked = weight.view(-1, block, size, size).permute(0, 3, 2, 1)
-    memory = torch.contiguous_format
-    return blocked.to(torch.float32, memory_format=memory).contiguous()
+    groups = triton.cdiv(channels, block)
+    taps = weight.new_empty(groups, size, size, block, dtype=torch.float32)
+    with torch.cuda.device_of(weight):  # where Triton launches
+        taps_kernel[(groups, size * size)](
+            weight, taps, channels, RESIDUAL=residual, K=size, BLOCK_C=block, num_warps=1
+        )
+    return taps
 
 
 def _slide(x: Tensor, taps: Tensor, bias: Tensor | None, *, flip: bool) -> Tensor:
@@ -239,18 +263,25 @@ def _slide(x: Tensor, taps: Tensor, bias: Tensor | None, *, flip: bool) -> Tenso
 
 
 @torch.library.custom_op("l2vit::depthwise", mutates_args=())
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False
+) -> tuple[Tensor, Tensor]:
     """Correlate (B, H, W, C) with (C, 1, K, K), K of ``SIZES``, zero padding.
+
+    Args:
+        residual: add ``x``.
 
     Returns:
         The result, contiguous; and the taps, which the gradients need.
     """
-    taps = _blocked_taps(weight.contiguous())
+    taps = _blocked_taps(weight.contiguous(), residual=residual)
     return _slide(x.contiguous(), taps, bias, flip=False), taps
 
 
 @depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False
+) -> tuple[Tensor, Tensor]:
     channels, _, size, _ = weight.shape
     block = _block_channels(channels)
     taps = weight.new_empty(-(-channels // block), size, size, block, dtype=torch.float32)
@@ -259,7 +290,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("l2vit::depthwise_backward", mutates_args=())
 def depthwise_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the input, and in fp32 (K·K + 1, C) those of the taps and of the bias."""
+    """Gradient of the input; in fp32 that of the kernel, (C, K, K), and behind it the bias's."""
     x, grad = x.contiguous(), grad.contiguous()
     b, h, w, c = x.shape
     groups, size, _, block = taps.shape
@@ -268,7 +299,7 @@ def depthwise_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, T
     groups = triton.cdiv(c, narrow)
     chunk = triton.cdiv(b, max(1, _PROGRAMS // (groups * size)))
     chunks = triton.cdiv(b, chunk)
-    part = x.new_empty(chunks, size * size + 1, c, dtype=torch.float32)
+    part = x.new_empty(chunks, (size * size + 1) * c, dtype=torch.float32)
     with torch.cuda.device_of(x):  # where Triton launches
         weight_gradient_kernel[(chunks, groups, size)](
             x,
@@ -292,24 +323,27 @@ def depthwise_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, T
 @depthwise_backward.register_fake
 def _(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     size = taps.shape[1]
-    sums = x.new_empty(size * size + 1, x.shape[3], dtype=torch.float32)
+    sums = x.new_empty((size * size + 1) * x.shape[3], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), sums
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias = inputs
+    x, weight, bias, _ = inputs
     ctx.save_for_backward(x, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else the taps get a gradient of zeros
     ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor | None, None]:
     x, taps = ctx.saved_tensors
     grad_x, sums = torch.ops.l2vit.depthwise_backward(x, taps, grad)
-    weight = sums[:-1].t().to(ctx.weight_dtype, memory_format=torch.contiguous_format)
-    bias = None if ctx.bias_dtype is None else sums[-1].to(ctx.bias_dtype)
-    return grad_x, weight.reshape(ctx.weight_shape), bias
+    rounded = sums.to(ctx.weight_dtype)  # both at once: a launch less
+    weight, bias = rounded.split([ctx.weight_shape.numel(), x.shape[3]])
+    same = ctx.bias_dtype in (None, ctx.weight_dtype)
+    bias = bias if same else sums[-x.shape[3] :].to(ctx.bias_dtype)
+    return grad_x, weight.view(ctx.weight_shape), None if ctx.bias_dtype is None else bias, None
 
 
 depthwise.register_autograd(_backward, setup_context=_keep)
@@ -324,7 +358,10 @@ def check(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[
         upstream = torch.randn(given[0], device=device, dtype=dtype)
         nchw = inputs[0].permute(0, 3, 1, 2)
         theirs = depthwise_conv(nchw, *inputs[1:]).permute(0, 2, 3, 1)
-        ways = (torch.ops.l2vit.depthwise(*inputs)[0], theirs)
-        for kept, out in zip(found, ways, strict=True):
+        added = torch.ops.l2vit.depthwise(*inputs, True)[0]
+        ways = (torch.ops.l2vit.depthwise(*inputs)[0], theirs), (added, inputs[0] + theirs)
+        for kept, out in (
+            (kept, out) for way in ways for kept, out in zip(found, way, strict=True)
+        ):
             kept += [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
     return found

@@ -203,6 +203,11 @@ def _plan(qkv: Tensor, heads: int) -> tuple[int, int, int, dict[str, Any]]:
     return triton.cdiv(every, blocks), blocks, every, constants
 
 
+def _added(parts: Tensor) -> Tensor:
+    """The sum over dimension 1; nothing to launch where there is one part."""
+    return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
+
+
 @torch.library.custom_op("l2vit::linear_attention", mutates_args=())
 def linear_attention(
     qkv: Tensor, scale: Tensor | None, heads: int, clamp: float
@@ -217,7 +222,7 @@ def linear_attention(
     total = qkv.new_empty(pairs, splits, d, dtype=torch.float32)
     with torch.cuda.device_of(qkv):  # where Triton launches
         context_kernel[(pairs, splits)](qkv, context, total, n, heads, blocks, splits, **constants)
-        context, total = context.sum(1), total.sum(1)
+        context, total = _added(context), _added(total)
         out_kernel[(pairs, every)](
             qkv,
             qkv if scale is None else scale,
@@ -280,7 +285,7 @@ def linear_attention_backward(
             HAS_SCALE=scale is not None,
             **constants,
         )
-        grad_context, grad_total = grad_context.sum(1), grad_total.sum(1)
+        grad_context, grad_total = _added(grad_context), _added(grad_total)
         key_value_gradient_kernel[(pairs, every)](
             qkv, grad_context, grad_total, grad_qkv, n, heads, **constants
         )
@@ -305,6 +310,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     qkv, scale, ctx.heads, ctx.clamp = inputs
     ctx.save_for_backward(qkv, scale, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else they get gradients of zeros
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor | None, None, None]:

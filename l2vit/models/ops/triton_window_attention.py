@@ -284,6 +284,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     qkv, ctx.heads, ctx.window = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else the sums get a gradient of zeros
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, None, None]:
