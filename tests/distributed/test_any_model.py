@@ -30,7 +30,12 @@ def sized(name):
     return {"img_size": 64} if name.startswith(("swin", "vit")) else {}
 
 
-@pytest.mark.parametrize("name", TIMM_MODELS)
+# A convolutional one with BatchNorm and a transformer in every run of the tests, all in CI.
+OFTEN = ("resnet18", "vit_tiny_patch16_224")
+MODELS = [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.ci) for name in TIMM_MODELS]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_trains_resumes_evaluates_exports_and_fine_tunes(name, shards, tmp_path, same_process):
     short = {
         "model__name": name,

@@ -220,6 +220,7 @@ def train_on_a_full_disk(path, saves):
     return train(path)
 
 
+@pytest.mark.ci
 def test_a_full_disk_does_not_stop_training_until_it_has_failed_too_often(shards, tmp_path):
     run = tmp_path / "short"
     path = settings(shards, run)

@@ -70,6 +70,7 @@ def launch(config, *overrides, ranks=1, program="finetune.train"):
     return outputs
 
 
+@pytest.mark.ci
 def test_a_run_at_two_sizes_ends_as_the_same_timm_model(tmp_path, shards, same_process):
     """Pre-training under ZeRO-3 on two ranks, then fine-tuning under ZeRO-2 at 48 with window 6."""
     config = tmp_path / "recipe.yaml"

@@ -73,6 +73,7 @@ def test_bash_starts_ranks_and_hands_a_signal_to_each(project):
         assert gone(rank_saw["pid"])
 
 
+@pytest.mark.ci
 def test_a_killed_rank_ends_the_others(project):
     with started(project, [*bash(project, "finetune"), "init.source=scratch"], "wait") as launcher:
         wait_for(project, launcher)

@@ -25,7 +25,7 @@ from forked_ranks import free_port
 from namespaces import Hosts
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.multinode
+pytestmark = [pytest.mark.multinode, pytest.mark.ci]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,13 @@ GPU = ROOT / "benchmarks" / "gpu"
         ("a_operators", ["ceilings", "tests", "depthwise 7x7 at 7", "window attention 12 at 12"]),
         ("b_model", ["l2vit_mini 2 eager", "l2vit_mini 2 eager without our kernels", "profile"]),
         ("c_engine", ["2 x 2 ZeRO-1", "2 x 2 ZeRO-2", "augmentation"]),
-        ("d_loader", ["region decode, hardware 0.0", "alone, 1 threads", "training, 1 threads"]),
+        pytest.param(
+            *(
+                "d_loader",
+                ["region decode, hardware 0.0", "alone, 1 threads", "training, 1 threads"],
+            ),
+            marks=pytest.mark.ci,
+        ),
     ],
 )
 def test_dry_run(block, expected, tmp_path):
