@@ -25,7 +25,7 @@ _SIZE = "size"
 """The file that counts the bytes held, and its lock."""
 _UNFINISHED = ".part-"
 _ABANDONED_SECONDS = 3600.0
-_EVICT_TO = 0.9
+EVICT_TO = 0.9
 """Share of the limit that an eviction leaves, so that it is not needed at every range."""
 
 
@@ -98,7 +98,7 @@ class RangeCache:
         with self._lock(_SIZE):
             held = self._held()
             if held + len(content) > self.limit:
-                held = self._evict(int(_EVICT_TO * self.limit) - len(content))
+                held = self._evict(int(EVICT_TO * self.limit) - len(content))
             try:
                 self._write(name, content)
             except OSError as error:

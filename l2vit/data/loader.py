@@ -25,7 +25,7 @@ from l2vit.data.dali import DaliBatches, EvalSource, Source, TrainSource
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import SampleOrder, Share, Split
 from l2vit.data.pil import PilEvalSet, PilTrainSet
-from l2vit.data.shard_cache import shard_cache
+from l2vit.data.shard_cache import shard_cache, warn_of_small_cache
 from l2vit.data.shards import ShardReader
 from l2vit.data.subset import subset_ids
 from l2vit.data.workers import WorkerBatches
@@ -89,6 +89,8 @@ def train_loader(
     planner.plan(0)  # refuse an impossible images_seen here, not in a worker
     sampler = AugmentSampler(augment, input_size=data.input_size, seed=seed, draws=draws)
     reader = open_reader(data, where, manifest)
+    if rank == 0:
+        warn_of_small_cache(data, manifest, split)
     log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=where)
     batches: Batches
     if data.backend_on(device.type) == "pil":

@@ -13,14 +13,16 @@ import hashlib
 import os
 import queue
 import threading
+import warnings
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from l2vit.data.cache import RangeCache
+from l2vit.data.cache import EVICT_TO, RangeCache
 from l2vit.data.config import DataConfig
 from l2vit.data.manifest import Manifest, ShardNames
+from l2vit.data.order import Split
 from l2vit.data.shared_array import SharedArray
 from l2vit.data.storage import Source, is_remote, open_source
 from l2vit.errors import ConfigError, UserError
@@ -190,3 +192,25 @@ def shard_cache(data: DataConfig, where: Path | str, manifest: Manifest) -> Shar
         return None
     ranges = RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30))
     return ShardCache(open_source(where), manifest, ranges, samples=max(1, data.chunk // 4))
+
+
+def warn_of_small_cache(data: DataConfig, manifest: Manifest, split: Split) -> None:
+    """Say so where ``data.cache_gib`` holds less than what a node's ranks read at once.
+
+    Every place of the global batch reads a run of its own: two units of it, and what is fetched
+    ahead. Below that, a unit is evicted before all of it was used, and fetched again and again.
+    """
+    if not data.cache_dir:
+        return
+    ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), split.world)
+    places = split.global_batch // split.world * ranks
+    samples = places * (2 * max(1, data.chunk // 4) + AHEAD_BATCHES // split.accumulation + 1)
+    stored = sum(shard.bytes for shard in manifest.shards)
+    needed = min(stored, samples * stored / manifest.samples) / EVICT_TO / 2**30
+    if data.cache_gib < needed:
+        warnings.warn(
+            f"data.cache_gib: {data.cache_gib:g} is less than what the ranks of a node read from at"
+            f" once, so shards will be fetched again and again; set at least {needed:.3g}, or lower"
+            f" data.chunk ({data.chunk})",
+            stacklevel=2,
+        )

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,17 @@ def test_shards_are_staged_from_a_slow_disk(shards, tmp_path):
         first, count = map(int, path.name.split("-"))
         tar = (shards.directory / f"{path.parent.name}.tar").read_bytes()
         assert path.read_bytes() in tar and count == 4 and first % 4 == 0
+
+
+def test_a_cache_too_small_for_the_order_is_told(shards, tmp_path, monkeypatch):
+    """The number in the warning is one that no longer warns."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.warns(UserWarning, match=r"data.cache_gib: 1e-05 .* at least \S+,") as caught:
+        load(shards.directory, tmp_path, gib=1e-5, steps=1)
+    enough = float(re.search(r"at least ([\d.e+-]+)", str(caught[0].message))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(shards.directory, tmp_path, gib=1.01 * enough, steps=1)
 
 
 def test_subsets_and_evaluation_read_an_address(shards, server, tmp_path):
