@@ -1,6 +1,10 @@
 """The small run that the cluster tests disturb, and what must come of it."""
 
+from pathlib import Path
+
 import torch
+
+from l2vit import config
 
 MINIATURE = {
     "model__name": "l2vit_mini",
@@ -10,6 +14,13 @@ MINIATURE = {
     "eval__every": "100000 steps",
     "schedule__length": "60 steps",
 }
+NASTY = "about.paper=a  b;touch pwned 'x' \"y\" [*?] `id` $HOME \\ | & < > ( ) { } !# ~ %"
+"""An argument with every character that a shell may read otherwise."""
+
+
+def kept_whole(run: Path) -> None:
+    """No shell has read `NASTY` on its way to the program."""
+    assert config.read_tree(run / "config.yaml")["about"]["paper"] == NASTY.partition("=")[2]
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

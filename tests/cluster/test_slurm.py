@@ -10,7 +10,7 @@ import pytest
 import slurm
 import small_runs
 import torch
-from miniature import MINIATURE, equal
+from miniature import MINIATURE, NASTY, equal, kept_whole
 
 from l2vit.launch import processes
 from l2vit.train import checkpoint
@@ -39,10 +39,17 @@ def cluster(tmp_path_factory):
 class Submitted:
     """A job of ``launch/slurm/pretrain.sbatch`` and its run directory."""
 
-    def __init__(self, cluster: slurm.Slurm, run: Path, shards: Path, *arguments: str):
+    def __init__(
+        self,
+        cluster: slurm.Slurm,
+        run: Path,
+        shards: Path,
+        *arguments: str,
+        flags: tuple[str, ...] = ("--time=30",),
+    ):
         self.cluster, self.run, self.log = cluster, run, run.with_suffix(".log")
         config = small_runs.settings(shards, run, **MINIATURE)
-        command = ["sbatch", "--parsable", *OPTIONS, f"--output={self.log}", "--time=30"]
+        command = ["sbatch", "--parsable", *OPTIONS, f"--output={self.log}", *flags]
         command += [str(ROOT / "launch/slurm/pretrain.sbatch"), "--config", str(config)]
         self.job = cluster.run(*command, *arguments, cwd=ROOT, check=True).strip()
 
@@ -127,6 +134,32 @@ def test_warned_then_a_rank_killed_then_finished(cluster, shards, uninterrupted,
     job.nothing_left()
     assert (job.run / "DONE").exists(), job.said()
     equal(job.weights(), uninterrupted)
+
+
+def test_a_time_limit_runs_out_beside_another_job(cluster, shards, uninterrupted, tmp_path):
+    """Slurm itself gives the warning; the job beside it meets none of its ranks.
+
+    The warning comes within a minute, sometimes before the ranks are up. That they are stopped
+    until then leaves them steps to do after it.
+    """
+    limit = ("--time=2", "--signal=B:USR1@60")
+    short = Submitted(cluster, tmp_path / "short", shards, flags=limit)
+    other = Submitted(cluster, tmp_path / "other", shards, NASTY)
+    while "warned: asking the ranks to save" not in short.said():
+        short.still_going()
+        if reached(short.run).saved >= 4:
+            processes.send(short.ranks(), signal.SIGSTOP)
+        time.sleep(0.2)
+    processes.send(short.ranks(), signal.SIGCONT)
+    short.restarted(1)
+    assert f"queueing {short.job} again" in short.said()
+    cluster.run("scontrol", "update", f"JobId={short.job}", "TimeLimit=30", check=True)
+    for job in (short, other):
+        job.wait("COMPLETED")
+        job.nothing_left()
+        assert (job.run / "DONE").exists(), job.said()
+        equal(job.weights(), uninterrupted)
+    kept_whole(other.run)
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster, shards, tmp_path):

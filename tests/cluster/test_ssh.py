@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
-from miniature import MINIATURE, equal
+from miniature import MINIATURE, NASTY, equal, kept_whole
 from namespaces import Hosts
 
 from l2vit.launch import processes
@@ -61,7 +61,7 @@ def hosts(tmp_path_factory):
         for name in two.names:
             command = ["ip", "netns", "exec", name, SSHD, "-D", "-e", "-f", str(folder / "server")]
             daemons.append(subprocess.Popen(command, start_new_session=True))
-        two.client = folder / "client"
+        two.client, two.spared = folder / "client", {daemon.pid for daemon in daemons}
         yield two
     finally:
         for daemon in daemons:
@@ -72,15 +72,17 @@ def hosts(tmp_path_factory):
 
 
 class Launched:
-    """``bash launch/pretrain.sh --hostfile ...`` on the first host."""
+    """``bash launch/pretrain.sh --hostfile ...`` on one of the hosts, the first by default."""
 
-    def __init__(self, hosts: Hosts, run: Path, shards: Path, *arguments: str):
-        self.run, self.log = run, run.with_suffix(".log")
+    def __init__(self, hosts: Hosts, run: Path, shards: Path, *arguments: str, host: int = 0):
+        self.run, self.log = run, run.with_suffix(f".{host}.log")
         self.mark = f"L2VIT_TEST={run}"
         hostfile = run.with_suffix(".hosts")
         hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
-        command = ["ip", "netns", "exec", hosts.names[0], "bash", str(ROOT / "launch/pretrain.sh")]
-        command += ["--hostfile", str(hostfile), "--ssh_args", f"-F {hosts.client}"]
+        command = ["ip", "netns", "exec", hosts.names[host]]
+        command += ["bash", str(ROOT / "launch/pretrain.sh"), "--hostfile", str(hostfile)]
+        if "--no_ssh" not in arguments:
+            command += ["--ssh_args", f"-F {hosts.client}"]
         command += ["--config", str(small_runs.settings(shards, run, **SMALL)), *arguments]
         own = {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         name, _, value = self.mark.partition("=")
@@ -115,6 +117,14 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
+    def kill(self, chosen) -> None:
+        """SIGKILL to this launch's processes whose environment, a list, is ``chosen``."""
+        for process in processes.marked(self.mark.encode()):
+            with contextlib.suppress(OSError):
+                found = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+                if chosen(found):
+                    os.kill(process.pid, signal.SIGKILL)
+
     def nothing_left(self) -> None:
         while left := processes.marked(self.mark.encode()):
             assert all(process.pid != self.process.pid for process in left)
@@ -127,12 +137,11 @@ class Launched:
 @pytest.fixture(scope="module")
 def uninterrupted(hosts, shards, tmp_path_factory):
     """The final weights of a plain run, started with every character of a shell's."""
-    nasty = "about.paper=a  b;touch pwned 'x' \"y\" [*?] `id` $HOME \\ | & < > ( ) { } ! # ~ %"
     run = tmp_path_factory.mktemp("plain") / "run"
-    with Launched(hosts, run, shards, nasty, "about.command=") as job:
+    with Launched(hosts, run, shards, NASTY, "about.command=") as job:
         assert job.process.wait() == 0, job.said()
         job.nothing_left()
-        assert nasty.partition("=")[2].split(";")[0] in (run / "config.yaml").read_text()
+        kept_whole(run)
         return job.weights()
 
 
@@ -155,22 +164,36 @@ def test_stopped_by_a_signal_and_continued(hosts, shards, uninterrupted, tmp_pat
         equal(job.weights(), uninterrupted)
 
 
-def test_a_killed_supervisor_leaves_no_rank(hosts, shards, tmp_path):
-    with Launched(hosts, tmp_path / "run", shards) as job:
-        job.wait_for_step(3)
-        job.process.kill()
-        job.process.wait()
-        job.nothing_left()
+def test_two_launches_side_by_side(hosts, shards, uninterrupted, tmp_path):
+    """One loses its supervisor, the other all it has on a host; neither hears of the other."""
+    patient = ("--max-restarts", "2", "--backoff", "0.5")
+    with (
+        Launched(hosts, tmp_path / "one", shards) as one,
+        Launched(hosts, tmp_path / "two", shards, *patient) as two,
+    ):
+        one.wait_for_step(3)
+        one.process.kill()
+        one.process.wait()
+        one.nothing_left()
+        two.wait_for_step(3)
+        hosts.kill_all_on(1)
+        assert two.process.wait() == 0, two.said()
+        assert f"lost {hosts.addresses[1]}: the connection ended" in two.said()
+        assert "restart 1 of 2" in two.said()
+        two.nothing_left()
+        equal(two.weights(), uninterrupted)
+    with Launched(hosts, tmp_path / "one", shards) as one:
+        assert one.process.wait() == 0, one.said()
+        assert "continuing from" in one.said()
+        one.nothing_left()
+        equal(one.weights(), uninterrupted)
 
 
 def test_a_rank_killed_on_the_other_host_is_started_again(hosts, shards, uninterrupted, tmp_path):
     arguments = ("--max-restarts", "2", "--backoff", "0.5")
     with Launched(hosts, tmp_path / "run", shards, *arguments) as job:
         job.wait_for_step(3)
-        for process in processes.marked(job.mark.encode()):
-            with contextlib.suppress(OSError):
-                if b"\0RANK=1\0" in Path(f"/proc/{process.pid}/environ").read_bytes():
-                    os.kill(process.pid, signal.SIGKILL)
+        job.kill(lambda found: b"RANK=1" in found)
         assert job.process.wait() == 0, job.said()
         assert f"rank 1 on {hosts.addresses[1]} was killed by SIGKILL" in job.said()
         equal(job.weights(), uninterrupted)
@@ -188,3 +211,20 @@ def test_a_link_cut_and_back(hosts, shards, uninterrupted, tmp_path):
         assert job.process.wait() == 0, job.said()
         assert f"lost {hosts.addresses[1]}: nothing came from it for 6 s" in job.said()
         equal(job.weights(), uninterrupted)
+
+
+def test_without_ssh_each_host_restarts_its_own(hosts, shards, uninterrupted, tmp_path):
+    with contextlib.ExitStack() as stack:
+        both = []
+        for node in (0, 1):
+            arguments = ["--no_ssh", "--node_rank", str(node), "--master_addr", hosts.addresses[0]]
+            arguments += ["--max-restarts", "3", "--backoff", "0.5"]
+            job = Launched(hosts, tmp_path / "run", shards, *arguments, host=node)
+            both.append(stack.enter_context(job))
+        both[0].wait_for_step(3)
+        both[0].kill(lambda found: b"RANK=1" in found)
+        assert [job.process.wait() for job in both] == [0, 0], both[0].said() + both[1].said()
+        assert "rank 1 on" in both[1].said() or "rank 1 was killed by SIGKILL" in both[1].said()
+        assert "restart 1 of 3" in both[1].said()
+        both[0].nothing_left()
+        equal(both[0].weights(), uninterrupted)

@@ -1,6 +1,8 @@
 """Two hosts on one machine: network namespaces joined by one wire, which can be cut."""
 
+import contextlib
 import os
+import signal
 import subprocess
 
 
@@ -13,6 +15,8 @@ class Hosts:
         self.names = [f"l2v{tag}{letter}" for letter in "ab"]
         self.wires = [f"w{tag}{letter}" for letter in "ab"]
         self.addresses = [f"{subnet}.{number}" for number in (1, 2)]
+        self.spared: set[int] = set()
+        """Processes that `kill_all_on` leaves, such as a host's ssh daemon."""
 
     def make(self):
         for name in self.names:
@@ -28,6 +32,15 @@ class Hosts:
     def remove(self):
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+    def kill_all_on(self, host: int):
+        """SIGKILL to everything that runs on a host."""
+        found = subprocess.run(
+            ["ip", "netns", "pids", self.names[host]], check=True, capture_output=True, text=True
+        )
+        for pid in set(map(int, found.stdout.split())) - self.spared:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wire(self, state: str):
         self.ip("-n", self.names[0], "link", "set", self.wires[0], state)
