@@ -95,20 +95,23 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
 
 def panel(axes: Any, rows: list[dict[str, Any]], key: str, label: str) -> None:
-    """A line for each attention. Memory below 1 MiB is lost in what was free before: left out."""
+    """A line for each attention. Memory below 1 MiB is lost in what was free before: drawn as 1."""
     sizes = sorted({row["tokens"] for row in rows})
+    least = 1.0 if key == "bytes" else 0.0
     for name in dict.fromkeys(row["attention"] for row in rows):
         points = [
-            (row["tokens"], statistics.median(row[key]) / UNITS[key])
+            (row["tokens"], max(statistics.median(row[key]) / UNITS[key], least))
             for row in rows
             if row["attention"] == name and key in row
         ]
-        points = sorted(point for point in points if key != "bytes" or point[1] >= 1)
+        points.sort()
         color, marker = STYLES[name]
         x, y = [point[0] for point in points], [point[1] for point in points]
         axes.plot(x, y, color=color, marker=marker, markersize=5, lw=1.3, label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axes.set_xticks([], minor=True)
+    if any(row.get("bytes") and statistics.median(row["bytes"]) < 2**20 for row in rows) and least:
+        axes.text(0.99, 0.02, "at 1: up to 1 MiB", transform=axes.transAxes, ha="right", fontsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

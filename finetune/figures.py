@@ -84,7 +84,7 @@ def _titles(
     for chance, row, sample in zip(*chances, samples, strict=True):
         answer = names[int(row)] if names else f"class {int(row)}"
         true = dict(zip(source.classes, names, strict=True)).get(sample.label, sample.label)
-        suffix = f" (is {true})" if true and true != answer else ""
+        suffix = f"\ntrue: {true.split(',')[0]}" if true else ""
         titles.append(f"{answer.split(',')[0]} {100 * float(chance):.0f}%{suffix}")
     return titles
 
@@ -97,10 +97,11 @@ def _cam_figure(shown: list[np.ndarray], cam: Tensor, titles: list[str]) -> Any:
         axes[0, column].imshow(picture)
         axes[0, column].set_title(title, fontsize=9)
         axes[1, column].imshow(picture)
-        axes[1, column].imshow(heat.numpy(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+        drawn = axes[1, column].imshow(heat.numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     for place in axes.ravel():
         place.set_axis_off()
-    figure.suptitle("Grad-CAM of the answer (red: speaks for it)", fontsize=10)
+    figure.colorbar(drawn, ax=axes[1, :], shrink=0.9, label="share of the map's maximum")
+    figure.suptitle("Grad-CAM of the answer (bright: speaks for it)", fontsize=10)
     return figure
 
 
@@ -121,7 +122,9 @@ def _attention_figure(picture: np.ndarray, found: list[AttentionMap]) -> Any:
         row, column = 2 * (number // columns), number % columns
         upper, lower = axes[row, column], axes[row + 1, column]
         tokens = len(layer.weights)
-        upper.imshow(_spread(_shrunk(layer.weights)), cmap="viridis", interpolation="nearest")
+        drawn = upper.imshow(
+            _spread(_shrunk(layer.weights)), cmap="viridis", interpolation="nearest", vmin=0, vmax=1
+        )
         upper.set_title(f"{layer.layer}\n{layer.kind}, {tokens} tokens", fontsize=7)
         middle = (layer.grid[0] // 2, layer.grid[1] // 2)
         lower.imshow(picture, extent=(0, width, height, 0))
@@ -131,10 +134,14 @@ def _attention_figure(picture: np.ndarray, found: list[AttentionMap]) -> Any:
             alpha=0.7,
             extent=(0, width, height, 0),
             interpolation="nearest",
+            vmin=0,
+            vmax=1,
         )
         y, x = ((m + 0.5) / g for m, g in zip(middle, layer.grid, strict=True))
         lower.plot(x * width, y * height, "c+", markersize=8)
         lower.set_title("where the token at + looks", fontsize=7)
+    scale = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.5, aspect=50)
+    scale.set_label("weight over the 99th percentile of its map", fontsize=8)
     figure.suptitle(
         "Attention: token to token (row looks at column), mean of the heads", fontsize=10
     )

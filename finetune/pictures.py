@@ -54,14 +54,16 @@ def _confusion(figure: Any, axes: Any, scores: Scores, names: Mapping[str, str])
     shown, matrix = scores.confusion(rows, _COLUMNS)
     image = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="Blues", aspect="auto")
     labels = [_label(scores.classes[i], names) for i in shown]
+    counts = np.bincount(scores.labels[scores.counted()], minlength=len(scores.classes))
+    counted = [f"{label}, {counts[i]:,}" for label, i in zip(labels, shown, strict=True)]
     axes.set_xticks(range(len(shown) + 1), [*labels, "any other"], rotation=60, ha="right")
-    axes.set_yticks(range(len(rows)), labels[: len(rows)])
+    axes.set_yticks(range(len(rows)), counted[: len(rows)])
     for (y, x), share in np.ndenumerate(100 * matrix):
         if share >= 0.5:
             colour = "white" if share > 55 else "black"
             axes.text(x, y, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xlabel("answer")
-    axes.set_ylabel("true class, worst first")
+    axes.set_ylabel("true class and its images, worst first")
     axes.set_title(f"Answers (%) for the {len(rows)} least accurate classes")
     figure.colorbar(image, ax=axes, label="% of the class's images")
 
@@ -76,9 +78,10 @@ def _reliability(axes: Any, scores: Scores) -> None:
     centres = (np.arange(BINS) + 0.5) / BINS
     filled = found.counts > 0
     share = found.counts / max(int(found.counts.sum()), 1)
-    axes.bar(centres, share, 1 / BINS, color="lightgrey", label="share of the images")
+    bars = axes.bar(centres, share, 1 / BINS, color="lightgrey", label="images (share, number)")
+    axes.bar_label(bars, [f"{n:,}" if n else "" for n in found.counts], fontsize=7, color="dimgrey")
     axes.plot([0, 1], [0, 1], "--", color="grey", label="perfectly calibrated")
     axes.plot(found.confidence[filled], found.accuracy[filled], "o-", label="accuracy")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+    axes.set(xlim=(0, 1), ylim=(0, 1.05), xlabel="confidence", ylabel="accuracy")
     axes.set_title(f"Reliability: calibration error {100 * found.error:.2f}%")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
