@@ -21,6 +21,7 @@ from l2vit import files
 from l2vit.data import labels
 from l2vit.errors import ConfigError, UserError
 from l2vit.models.padding import padding_warnings
+from l2vit.train import history
 from l2vit.train.weights import (
     TIMM_CONFIG,
     TIMM_WEIGHTS,
@@ -60,7 +61,16 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"cannot write {options.out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    note_in_run(source, options.out)
     print(f"exported {options.out}: {source.model}, {source.described} of {source.path}")
+
+
+def note_in_run(source: PretrainedWeights, out: Path) -> None:
+    """Tell the history of the run that the weights come from, for its report."""
+    for place in (source.path, *source.path.parents[:2]):
+        if (place / history.NAME).is_file():
+            history.append(place, "exported", out=str(out), weights=source.which)
+            return
 
 
 def _require_free(out: Path) -> None:

@@ -2,6 +2,8 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from PIL import Image
 
 from finetune import export, export_timm, verification
 from l2vit.errors import UserError
-from l2vit.train import checkpoint
+from l2vit.train import checkpoint, history, report
+from l2vit.train.run_record import RunRecord
 from l2vit.train.weights import read_pretrained
 
 FRESH = """
@@ -266,3 +269,12 @@ def test_what_timm_itself_saves_is_read(tmp_path):
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(source.build()(images), model(images))
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints/step-00000008"])
+def test_the_runs_report_tells_of_its_export(given, tmp_path):
+    history.append(tmp_path, "start", step=0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "images": 64, "time": 1, "loss": 2.0}\n')
+    export.note_in_run(SimpleNamespace(path=tmp_path / given, which="ema"), Path("exports/mine"))
+    page = report.page(RunRecord.load(tmp_path))
+    assert "exports/mine (ema weights)" in page and "exported to exports/mine" in page
