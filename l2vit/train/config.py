@@ -45,7 +45,8 @@ class RunConfig:
     draws: Literal[0, 1, 2] = 0
     """Version of the random draws made of the seed: 0 takes the newest for a new run, and for a
     continued one the version it began with. 2 draws the noise of erased boxes on the device, by
-    the formula in ``l2vit/data/erasing.py``; 1 drew it on the host."""
+    the formula in ``l2vit/data/erasing.py``, and L²ViT's drop path for all blocks at once; 1 drew
+    the noise on the host and each block's drop path by itself."""
     resume: str = ""
     """Another run directory or checkpoint to continue exactly; this run's own comes first."""
 
