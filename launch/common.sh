@@ -15,7 +15,7 @@ find_python() {
 }
 
 # launch SCRIPT ARGS: become one rank where srun started us as one task of several, else the
-# supervisor, which starts the ranks on this node through deepspeed.
+# supervisor, which starts the ranks on this node and, over ssh, on others.
 launch() {
   local script=$1 root python
   shift

@@ -1,7 +1,7 @@
 """Two hosts that share a disk: network namespaces joined by one wire, which can be cut.
 
 Each host runs ``bash launch/pretrain.sh --no_ssh ...`` as its user would. The route over ssh
-needs pdsh and an ssh daemon: give it with TWO_NODES_SSH=hostfile (see docs/cluster.md).
+needs an ssh daemon: give it with TWO_NODES_SSH=hostfile (see docs/cluster.md).
 """
 
 import contextlib
@@ -128,7 +128,7 @@ def test_cut_off_stopped_and_finished(hosts, tmp_path, request):
 
 @pytest.mark.skipif("TWO_NODES_SSH" not in os.environ, reason="TWO_NODES_SSH names no hostfile")
 def test_over_ssh(tmp_path):
-    """Opt-in: pdsh and password-less ssh to the hosts of a hostfile, which share tmp and code."""
+    """Opt-in: password-less ssh to the hosts of a hostfile, which share tmp and code."""
     shards, run = small_runs.build_shards(tmp_path, 80), tmp_path / "run"
     small = {"model__name": "l2vit_mini", "model__window_size": 4, "data__input_size": 32}
     config = small_runs.settings(shards, run, **small, schedule__length="6 steps")
