@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import formats
 from l2vit import cli, config, files
 from l2vit.dense import inference
 from l2vit.dense.transforms import read_picture
@@ -120,11 +121,17 @@ def print_count(count: Any, to: str) -> None:
 # -- export
 
 
-def export(source: DenseWeights, out: Path) -> None:
+def export(source: DenseWeights, out: Path, *, onnx_size: tuple[int, int] | None = None) -> None:
     """Write weights, configuration, card and certificate; the export is proven before it counts.
 
+    Args:
+        source: the model.
+        out: the directory.
+        onnx_size: height and width; of a segmentor also ``model.onnx``, from pictures with values
+            in [0, 1] to logits, any batch, checked with onnxruntime.
+
     Raises:
-        UserError: a fresh process answers otherwise than this one.
+        UserError: a fresh process, or onnxruntime, answers otherwise than this one.
     """
     import safetensors.torch
 
@@ -135,10 +142,39 @@ def export(source: DenseWeights, out: Path) -> None:
     files.write_json(out / dense_weights.CONFIG_NAME, dense_weights.export_record(source))
     files.write_text(out / "README.md", _card(source))
     proof = _prove(model, source, out)
-    names = (dense_weights.WEIGHTS_NAME, dense_weights.CONFIG_NAME, "README.md")
+    names = [dense_weights.WEIGHTS_NAME, dense_weights.CONFIG_NAME, "README.md"]
+    if onnx_size is not None:
+        name, proof["onnx_largest_difference"] = _write_onnx(model, onnx_size, out)
+        names.append(name)
     hashes = {name: files.sha256_file(out / name) for name in names}
     files.write_json(out / "certificate.json", {"proof": proof, "sha256": hashes})
     cli.tell(f"{out}: {proof['pictures']} pictures answered alike by a fresh process")
+
+
+class _FromPictures(nn.Module):
+    """A segmentor from pictures with values in [0, 1] to logits of their size."""
+
+    def __init__(self, segmentor: Any) -> None:
+        super().__init__()
+        self.segmentor = segmentor
+
+    def forward(self, images: Tensor) -> Tensor:
+        normalised = (images - self.segmentor.mean) / self.segmentor.std
+        logits: Tensor = self.segmentor.logits(normalised)
+        return logits
+
+
+@torch.no_grad()
+def _write_onnx(model: nn.Module, size: tuple[int, int], out: Path) -> tuple[str, float]:
+    """Write ``model.onnx``; its name and its largest difference from the model on noise."""
+    whole = _FromPictures(model).eval()
+    images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    name, found = formats.onnx(out, whole, images)
+    expected = whole(images)
+    difference = float((found - expected).abs().max())
+    if difference > formats.TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise UserError(f"{out / name}: onnxruntime differs by {difference:.3g}")
+    return name, difference
 
 
 def _prove(model: nn.Module, source: DenseWeights, out: Path) -> dict[str, Any]:

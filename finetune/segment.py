@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--json", default="", metavar="FILE", help="one line of JSON; - prints it")
     each = commands.add_parser("export", help="weights, settings, card and proof in a folder")
     dense.add_model(each, _export)
+    each.add_argument(
+        "--onnx", type=_size, metavar="HxW", help="also model.onnx for pictures of this size"
+    )
     each.add_argument("--out", type=Path, required=True)
     return parser
 
@@ -133,7 +136,18 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    dense.export(dense.read(options.model, "segment", options.weights), options.out)
+    source = dense.read(options.model, "segment", options.weights)
+    dense.export(source, options.out, onnx_size=options.onnx)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of ``512x512``; both must divide by 32, the last stage's stride."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 512x512")
+    if int(height) % 32 or int(width) % 32 or not int(height) or not int(width):
+        raise argparse.ArgumentTypeError(f"{text}: height and width must divide by 32")
+    return int(height), int(width)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -86,6 +87,27 @@ def test_segmentations_are_drawn(segmentor, scenes, tmp_path):
             tint = 2 * answer[labels == k] - picture[labels == k]
             right = (abs(tint - np.array(colours(10)[k - 1])) <= 1).all(axis=1)
             assert right.mean() > 0.9
+
+
+@pytest.mark.ci
+def test_a_segmentor_leaves_as_onnx(segmentor, tmp_path, capfd):
+    """onnxruntime on two pictures against the model's own answer before its last step."""
+    command = ["export", "--model", str(segmentor), "--out", str(tmp_path / "export")]
+    assert segment.main([*command, "--onnx", "64x96"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "export" / "model.onnx")
+    pictures = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(5))
+    [logits] = session.run(None, {"images": pictures.numpy()})
+    model = dense.build(dense.read(segmentor, "segment"), torch.device("cpu"))
+    model.short_side, model.mode = 64, "whole"
+    with torch.no_grad():
+        expected = torch.stack(model(list(pictures)))
+    assert logits.shape[2:] == (64, 96)
+    assert (torch.from_numpy(logits).argmax(1) == expected).float().mean() > 0.999
+    certificate = json.loads((tmp_path / "export" / "certificate.json").read_text())
+    assert "model.onnx" in certificate["sha256"]
+    for size in ("64", "60x96", "0x0"):
+        assert segment.main([*command, "--onnx", size]) == 2
+    assert "must divide by 32" in capfd.readouterr().err
 
 
 def test_an_exported_segmentor_answers_the_same_in_a_fresh_process(segmentor, scenes, tmp_path):
