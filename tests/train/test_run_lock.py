@@ -120,7 +120,9 @@ def test_of_several_at_once_exactly_one_has_it(tmp_path, processes):
     said = [each.said() for each in started]
     assert said.count("held") == 1
     (winner,) = (each for each, text in zip(started, said, strict=True) if text == "held")
-    assert all(f"process {winner.process.pid} " in text for text in said if text != "held")
+    # A loser may have met one that lost in its turn: all judge the old lock stale at once.
+    names = [f"process {each.process.pid} " for each in started]
+    assert all(any(name in text for name in names) for text in said if text != "held")
     assert json.loads((tmp_path / "LOCK").read_text())["pid"] == winner.process.pid
 
 

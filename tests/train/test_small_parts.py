@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +111,7 @@ def test_metrics_go_through_one_door_and_are_cut_back(tmp_path, capsys):
     door.close()
     with (tmp_path / metrics.JSONL).open("a") as stream:
         stream.write('{"step": 7, "lo')  # cut short by a kill
+    time.sleep(1.1)  # event files are read in the order of their names, which begin with seconds
     again = metrics.Metrics(tmp_path, main=True, total_steps=10, resumed_step=4)
     again.log(5, {"loss": 0.1}, images_seen=40)
     again.close()
