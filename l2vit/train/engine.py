@@ -282,8 +282,11 @@ class Engine:
         return self.world.sum([float(torch.stack(list(norms)).square().sum())])[0] ** 0.5
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks."""
+        """Release DeepSpeed's hooks, and its own process group, lest a later run here takes it."""
+        from deepspeed.utils import groups
+
         self._deepspeed.destroy()
+        vars(groups)["_WORLD_GROUP"] = None
 
     # -- the partition
 

@@ -106,7 +106,8 @@ def test_a_run_at_two_sizes_ends_as_the_same_timm_model(tmp_path, shards, same_p
         assert right[0] == right[1] == round(recorded[f"{name}/top1_percent"] * 1.2)
     raw, ema = (load_file(tmp_path / f"timm_{w}" / "model.safetensors") for w in ("raw", "ema"))
     assert not torch.equal(raw["head.fc.weight"], ema["head.fc.weight"])
-    assert json.loads((out / "config.json").read_text())["label_names"] == list(WNIDS)
+    config = json.loads((out / "config.json").read_text())
+    assert config["pretrained_cfg"]["label_names"] == list(WNIDS)
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_mini", "inline_swin_mini"])
