@@ -89,9 +89,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_pickle(path: Path) -> dict[str, Any]:
     allowed = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+        with (
+            path.open("rb") as file,  # given a name, PyTorch 2.14 goes by how it ends
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(allowed),  # type: ignore[arg-type]
+        ):
             warnings.simplefilter("ignore")  # of an unusual pickle protocol
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} {_reason(error)}") from error
     if not isinstance(content, dict):

@@ -61,10 +61,18 @@ def meet_as(rank, port, run, token, seconds):
         print(f"refused: {error}", flush=True)
         return error.exit_status
     store.set(f"said-{rank}", "hello")
-    until = time.monotonic() + 60
-    while not store.check([f"said-{1 - rank}"]) and time.monotonic() < until:
-        time.sleep(0.01)
+    _await(store, f"said-{1 - rank}")
+    if rank == 1:
+        store.set("heard", "")  # rank 0 keeps the store: it must not leave before
+    else:
+        _await(store, "heard")
     return 0
+
+
+def _await(store, key):
+    until = time.monotonic() + 60
+    while not store.check([key]) and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def pair(first, second, directory):
