@@ -288,7 +288,9 @@ def measure_kernels(options: argparse.Namespace) -> dict[str, Any]:
     ways = {"with": partial(switched, True, whole), "without": partial(switched, False, whole)}
     seconds = medians(ways, options.rounds, options.device)
     ratio = seconds["with"] / seconds["without"]
-    used_kernels = [k for k in ("linear_attention", "depthwise") if may_run(k, images)]
+    used_kernels = [
+        k for k in ("linear_attention", "depthwise", "layer_norm") if may_run(k, images)
+    ]
     result["training step"] = {"seconds": seconds, "with_to_without": ratio, "used": used_kernels}
     print(f"training step with kernels {used_kernels}: {ratio:.2f} of the time without")
     return result

@@ -96,9 +96,16 @@ def operators(block: Block) -> None:
             inputs = (random(batch, whole, whole, 3 * dim),)
             name = f"window attention {window} at {whole}"
             block.measure(name, partial(timed, block, attend, inputs))
+        inputs = (random(batch, side, side, dim), random(dim), random(dim))
+        block.measure(f"layer norm at {side}", partial(timed, block, _beside_its_norm, inputs))
         for name, wide in (("qkv", 3 * dim), ("proj", dim), ("fc1", 4 * dim)):
             call = partial(_product, block, batch * side * side, dim, wide)
             block.measure(f"product {name} at {side}", call)
+
+
+def _beside_its_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x, normalized = ops.residual_layer_norm(x, weight, bias, 1e-5)
+    return x + normalized
 
 
 def _product(block: Block, rows: int, inner: int, columns: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from l2vit.models.layers import (
     MlpKind,
     Observer,
     crop,
+    normalized_beside,
     pad_to_multiple,
     require_one_of,
     to_nchw,
@@ -210,17 +211,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, kept: Sequence[Tensor | None] = (None, None, None)) -> Tensor:
         x = self.cpe1(x)
-        x = self.add(x, self.attn(self.norm1(x)), kept[0])
+        x = self.add(x, self.norm1, self.attn, kept[0])
         x = self.cpe2(x)
         if self.lcm is not None:
-            x = self.add(x, self.lcm(self.lcm_norm(x)), kept[1])
-        return self.add(x, self.mlp(self.norm2(x)), kept[2])
+            x = self.add(x, self.lcm_norm, self.lcm, kept[1])
+        return self.add(x, self.norm2, self.mlp, kept[2])
 
-    def add(self, x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
-        """``x + drop_path(branch)``; ``kept`` (B,): its factors, where drawn for all blocks."""
+    def add(self, x: Tensor, norm: nn.Module, branch: nn.Module, kept: Tensor | None) -> Tensor:
+        """``x + drop_path(branch(norm(x)))``; ``kept`` (B,): the factors of drop path, where drawn
+        for all blocks."""
+        x, normalized = normalized_beside(x, norm)
         if kept is None or isinstance(self.drop_path, nn.Identity):
-            return x + self.drop_path(branch)
-        return torch.addcmul(x, branch, kept.view(-1, 1, 1, 1))
+            return x + self.drop_path(branch(normalized))
+        return torch.addcmul(x, branch(normalized), kept.view(-1, 1, 1, 1))
 
 
 class L2ViT(Backbone):

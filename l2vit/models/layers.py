@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2vit.models import ops
-from l2vit.models.ops.modes import statically_true
+from l2vit.models.ops.modes import has_open_sizes, statically_true
 from l2vit.models.ops.recompute import recomputing
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -63,6 +63,18 @@ def _global_hooks() -> bool:
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
+
+
+def normalized_beside(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``x`` for the residual connection, and ``norm(x)`` for the branch that is added to it."""
+    if (
+        isinstance(norm, nn.LayerNorm)
+        and norm.bias is not None
+        and ops.fuses_residual_norm(x)
+        and unobserved(norm, nn.LayerNorm)
+    ):
+        return ops.residual_layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return x, norm(x)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -122,6 +134,9 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The top left (B, height, width, C) of ``x`` (B, H, W, C), contiguous."""
     if statically_true(x.shape[1] == height) and statically_true(x.shape[2] == width):
         return x
+    if has_open_sizes(height, width):  # a slice's end asks whether it lies inside
+        rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+        return x.index_select(1, rows).index_select(2, columns)
     return x[:, :height, :width].contiguous()
 
 

@@ -71,6 +71,12 @@ def _window_attention(products: int) -> Callable[[dict[str, Any]], KernelCost]:
     return cost
 
 
+def _norm_gradient(given: dict[str, Any]) -> KernelCost:
+    return KernelCost("layer norm", "vector", instructions=LAYER_NORM * given["x"].numel())
+
+
+LAYER_NORM = 26.0
+"""Thread-instructions an element of its gradient beside a residual, likewise."""
 _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
     "taps_kernel": lambda given: KernelCost("depthwise convolutions"),
     "forward_kernel": _depthwise("forward"),
@@ -82,6 +88,8 @@ _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
     "window_attention_kernel": _window_attention(2),
     "window_gradient_kernel": _window_attention(5),
     "window_gradient_in_blocks_kernel": _window_attention(7),
+    "layer_norm_gradient_kernel": _norm_gradient,
+    "add_parts_kernel": lambda given: KernelCost("layer norm"),
 }
 
 

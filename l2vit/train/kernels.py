@@ -39,8 +39,10 @@ _DEVICES = {"columns": ("cpu",), "triton": ("cuda",), "compiled": ("cuda",)}
 """Kinds of device that a form is for; the reference is for all."""
 _COMPILED = ("linear_attention", "window_attention")
 """Operations whose reference is more than one operator, so that a compiler may gain."""
+_EAGER = ("layer_norm",)
+"""Operations that take none of our kernels where the network is compiled as a whole."""
 _KERNELS = {"depthwise_conv": "depthwise"}
-_CLAMP = 100.0
+_CLAMP, _EPS = 100.0, 1e-5
 _CHECKED_IMAGES = 2
 _GROUPS, _GROUP_SECONDS = 5, 0.02
 
@@ -155,7 +157,7 @@ def candidates(call: Call, device: torch.device, *, whole_compiled: bool) -> lis
     """
     names = [*ops.FORMS[call.op], *(["compiled"] if call.op in _COMPILED else [])]
     if whole_compiled:
-        names = [name for name in names if name != "compiled"]
+        names = [n for n in names if n != "compiled" and (n == REFERENCE or call.op not in _EAGER)]
     return [n for n in names if n == REFERENCE or device.type in _DEVICES.get(n, ("cuda",))]
 
 
@@ -346,6 +348,8 @@ def _inputs(call: Call, device: torch.device, images: int) -> list[Any]:
         x = draw(images, *call.shape[2:], channels).permute(0, 3, 1, 2)  # channels-last
         return [x, draw(channels, 1, kernel, kernel), draw(channels) if biased else None]
     x = draw(images, *call.shape[1:])
+    if call.op == "layer_norm":
+        return [x, draw(x.shape[-1]), draw(x.shape[-1]), _EPS]
     if call.op == "window_attention":
         return [x, *call.options]
     heads, scaled = call.options
@@ -353,13 +357,15 @@ def _inputs(call: Call, device: torch.device, images: int) -> list[Any]:
 
 
 def _pass(call: Call, name: str, arguments: list[Any]) -> Callable[[], list[Tensor]]:
-    """A function that gives the output of a form and the gradients of its arguments."""
+    """A function that gives the outputs of a form and the gradients of its arguments."""
     compute = ops.compiled_form(call.op) if name == "compiled" else ops.FORMS[call.op][name]
     leaves = [a for a in arguments if isinstance(a, Tensor)]
 
     def step() -> list[Tensor]:
-        out = compute(*arguments)
-        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+        found = compute(*arguments)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        ones = [torch.ones_like(out) for out in outputs]
+        return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, ones)]
 
     return step
 

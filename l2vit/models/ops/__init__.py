@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,20 @@ from torch import Tensor
 
 from l2vit.models.ops import choice, cpu, gpu, reference, windows
 from l2vit.models.ops.gpu import use_triton
-from l2vit.models.ops.modes import exporting, has_open_sizes, statically_true
+from l2vit.models.ops.modes import compiling, exporting, has_open_sizes, statically_true
 
 __all__ = [
     "FORMS",
     "Order",
     "depthwise_conv",
     "fuses_residual_conv",
+    "fuses_residual_norm",
     "join_heads",
     "linear_attention",
     "linear_attention_denominators",
     "per_image_conv",
     "residual_depthwise_conv",
+    "residual_layer_norm",
     "softmax_attention",
     "split_heads",
     "split_qkv",
@@ -40,6 +42,7 @@ __all__ = [
 Order = Literal["auto", "kv", "qk"]
 _TRITON_HEAD_WIDTHS = (16, 32)
 _TRITON_KERNEL_SIZES = (3, 5, 7)
+_TRITON_NORM_WIDTH = 4096
 LARGEST_GRID = 32768
 """Sequences that PyTorch's fused attention gets at once: with 65,536 CUDA refuses its grid."""
 
@@ -138,6 +141,30 @@ def _depthwise_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Compute:
     return _form("depthwise_conv", x, (weight.shape[3], int(bias is not None)), fast)
 
 
+def residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``x`` for a residual connection and, normalised over its last dimension, for the branch.
+
+    For the sake of the gradient: where the Triton kernel runs, both parts of it are one pass.
+    """
+    fast = "triton" if fuses_residual_norm(x) and x.dtype == weight.dtype else None
+    return _form("layer_norm", x, (), fast)(x, weight, bias, eps)
+
+
+def fuses_residual_norm(x: Tensor) -> bool:
+    """Whether :func:`residual_layer_norm` may be faster than a LayerNorm by itself.
+
+    Compilers fuse the plain form themselves.
+    """
+    return (
+        gpu.may_run("layer_norm", x)
+        and not compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.shape[-1] <= _TRITON_NORM_WIDTH
+    )
+
+
 def _in_one_precision(
     compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     x: Tensor,
@@ -233,7 +260,13 @@ def _windows_by_triton(qkv: Tensor, num_heads: int, window: int) -> Tensor:
     return torch.ops.l2vit.window_attention(qkv, num_heads, window)[0]
 
 
-Compute = Callable[..., Tensor]
+def _norm_by_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from l2vit.models.ops import triton_layer_norm
+
+    return triton_layer_norm.residual_layer_norm(x, weight, bias, eps)
+
+
+Compute = Callable[..., Any]
 FORMS: dict[str, dict[str, Compute]] = {
     "linear_attention": {"reference": _linear_by_formula, "triton": _linear_by_triton},
     "depthwise_conv": {
@@ -241,6 +274,7 @@ FORMS: dict[str, dict[str, Compute]] = {
         "columns": functools.partial(_in_one_precision, cpu.depthwise_conv),
         "triton": functools.partial(_in_one_precision, _depthwise_by_triton),
     },
+    "layer_norm": {"reference": reference.residual_layer_norm, "triton": _norm_by_triton},
     "window_attention": {"reference": _attend_in_windows, "triton": _windows_by_triton},
 }
 """Each operation's forms by name; "compiled", the reference through the compiler, besides."""

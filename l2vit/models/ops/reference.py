@@ -92,6 +92,13 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
 
 
+def residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``x`` as it is, and LayerNorm of it over the last dimension."""
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """``softmax(q kᵀ / √d + bias) v`` for (..., N, d) (eq. 1)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
