@@ -223,7 +223,7 @@ class Block(nn.Module):
         x, normalized = normalized_beside(x, norm)
         if kept is None or isinstance(self.drop_path, nn.Identity):
             return x + self.drop_path(branch(normalized))
-        return torch.addcmul(x, branch(normalized), kept.view(-1, 1, 1, 1))
+        return ops.add_scaled(x, branch(normalized), kept.view(-1, 1, 1, 1))
 
 
 class L2ViT(Backbone):

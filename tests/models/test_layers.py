@@ -308,3 +308,16 @@ def test_batch_norm_where_half_precision_is_the_default():
     expected = stock.eval()(x.bfloat16())
     ours.load_state_dict(stock.state_dict(), assign=True)
     torch.testing.assert_close(ours.eval()(x.bfloat16()), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16])
+def test_a_scaled_branch_as_pytorchs_product_and_sum(branch):
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2, 8, requires_grad=True)
+    y = torch.randn(3, 2, 2, 8).to(branch).requires_grad_()
+    factor = torch.tensor([0.0, 1.25, 2.0]).view(-1, 1, 1, 1)
+    upstream = torch.randn(x.shape)
+    outputs = (ops.add_scaled(x, y, factor), x + y * factor)
+    torch.testing.assert_close(*outputs)
+    found, expected = (torch.autograd.grad(out, (x, y), upstream) for out in outputs)
+    torch.testing.assert_close(found, expected)

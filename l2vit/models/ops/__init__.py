@@ -23,6 +23,7 @@ from l2vit.models.ops.modes import compiling, exporting, has_open_sizes, statica
 __all__ = [
     "FORMS",
     "Order",
+    "add_scaled",
     "depthwise_conv",
     "fuses_residual_conv",
     "fuses_residual_norm",
@@ -163,6 +164,13 @@ def fuses_residual_norm(x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and x.shape[-1] <= _TRITON_NORM_WIDTH
     )
+
+
+def add_scaled(x: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+    """``x + branch * factor``; the factor, which broadcasts, gets no gradient."""
+    if compiling() or torch._C._are_functorch_transforms_active():
+        return torch.addcmul(x, branch, factor)
+    return reference.AddScaled.apply(x, branch, factor)  # type: ignore[no-any-return]
 
 
 def _in_one_precision(

@@ -6,6 +6,7 @@ Every faster form in this package is tested against these, and compilers and exp
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,19 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``x`` as it is, and LayerNorm of it over the last dimension."""
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+class AddScaled(torch.autograd.Function):
+    """``torch.addcmul(x, branch, factor)``, whose own gradient multiplies the factor by 1 first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return torch.addcmul(x, branch, factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad, grad * ctx.saved_tensors[0], None
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
