@@ -20,15 +20,15 @@ import torch
 from measuring import ROOT, Block
 
 from l2vit import config
-from l2vit.data import augment_device
+from l2vit.data import augment_device, mixup
 from l2vit.data.augment import AugmentSampler, fill_colour
-from l2vit.data.batch import Batch
-from l2vit.data.mixup import Mixer
+from l2vit.data.batch import BatchPlan, DecodedBatch, Normalizer
 from l2vit.data.order import Split
 from l2vit.train import distributed, model
 from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
+from l2vit.train.precision import DTYPES
 
 RECIPE = ROOT / "pretrain" / "configs" / "in22k_base.yaml"
 
@@ -84,16 +84,21 @@ def waits(block: Block, step: Any) -> list[str]:
 
 
 def augmentation(block: Block, batch: int) -> dict[str, float]:
-    """RandAugment and mixing of one micro-batch, each alone."""
+    """RandAugment; normalising, erasing and mixing: of one micro-batch, each alone."""
     given = settings(block)
     side, ids = given.data.input_size, np.arange(batch)
     params = AugmentSampler(given.augment, input_size=side, seed=0).sample(0, ids)
     pixels = torch.randint(0, 256, (batch, side, side, 3), device=block.device).to(torch.uint8)
-    labels = torch.zeros(batch, dtype=torch.long, device=block.device)
-    images = torch.randn(batch, 3, side, side, device=block.device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    mixer = Mixer(given.augment, num_classes=1000, seed=0)
-    whole = Batch(images=images, labels=labels, sample_ids=ids, positions=ids, epoch=0)
+    dtype = DTYPES[given.engine.precision]
+    mixer = mixup.Mixer(given.augment, num_classes=1000, seed=0, dtype=dtype)
+    normalize = Normalizer(
+        mean=given.augment.mean,
+        std=given.augment.std,
+        device=block.device,
+        bytes_only=mixup.kernels_agree(block.device),
+    )
+    decoded = DecodedBatch(BatchPlan(0, 0, ids, ids), ids, ids % 1000, pixels.clone())
+    decoded.draw_erasing(params)
     augment = partial(
         augment_device.apply_ops,
         ops=params.ops,
@@ -103,7 +108,7 @@ def augmentation(block: Block, batch: int) -> dict[str, float]:
     )
     return {
         "randaugment_ms": block.milliseconds(lambda: augment(pixels)),
-        "mixing_ms": block.milliseconds(lambda: mixer(whole)),
+        "mixing_ms": block.milliseconds(lambda: mixer(normalize(decoded))),
     }
 
 

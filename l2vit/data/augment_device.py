@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import numpy as np
 import torch
 
 from l2vit.data import augment_gpu, pil
 from l2vit.data.augment import OPS
+from l2vit.data.device import check_passes
 
 _STRENGTH = 0.3  # an argument that every operation takes
 
@@ -36,29 +36,25 @@ def apply_ops(
 def kernels_agree(device: torch.device) -> bool:
     """Whether the Triton kernels give the bytes of the tensor operations on ``device``; a warning
     says where they do not. Asked once a device."""
-    try:
-        from l2vit.data import augment_triton
+    return check_passes("RandAugment's Triton kernels", device, lambda: _compare(device))
 
-        for interpolation in ("bicubic", "bilinear"):
-            rng = np.random.default_rng(0)
-            pixels = torch.from_numpy(rng.integers(0, 256, (len(OPS), 32, 32, 3), np.uint8))
-            ops = np.stack([np.arange(len(OPS)), rng.permutation(len(OPS))], axis=1)
-            found = [
-                carry_out(
-                    pixels.to(device, copy=True),
-                    ops,
-                    np.full(ops.shape, _STRENGTH),
-                    fill=(124, 116, 104),
-                    interpolation=interpolation,
-                )
-                for carry_out in (augment_triton.apply_ops, augment_gpu.apply_ops)
-            ]
-            if not torch.equal(*found):
-                raise ArithmeticError(f"{interpolation} bytes differ")
-    except Exception as error:  # whatever goes wrong, the tensor operations are there
-        reason = str(error).strip().split("\n")[0]
-        warnings.warn(
-            f"RandAugment's Triton kernels are not used on {device}: {reason}", stacklevel=2
-        )
-        return False
-    return True
+
+def _compare(device: torch.device) -> None:
+    from l2vit.data import augment_triton
+
+    for interpolation in ("bicubic", "bilinear"):
+        rng = np.random.default_rng(0)
+        pixels = torch.from_numpy(rng.integers(0, 256, (len(OPS), 32, 32, 3), np.uint8))
+        ops = np.stack([np.arange(len(OPS)), rng.permutation(len(OPS))], axis=1)
+        found = [
+            carry_out(
+                pixels.to(device, copy=True),
+                ops,
+                np.full(ops.shape, _STRENGTH),
+                fill=(124, 116, 104),
+                interpolation=interpolation,
+            )
+            for carry_out in (augment_triton.apply_ops, augment_gpu.apply_ops)
+        ]
+        if not torch.equal(*found):
+            raise ArithmeticError(f"{interpolation} bytes differ")

@@ -84,7 +84,8 @@ class Batch:
     """
 
     images: torch.Tensor
-    """(B, 3, H, W) float32, channels-last in memory, normalised, on the loader's device."""
+    """(B, 3, H, W), channels-last in memory, on the loader's device: float32, normalised and
+    erased; or uint8 and neither, where ``Mixer`` does all in one pass."""
     labels: torch.Tensor
     """(B,) int64 on the loader's device."""
     sample_ids: np.ndarray
@@ -92,6 +93,10 @@ class Batch:
     positions: np.ndarray
     """(B,) int64: place of each image in the epoch's global sequence."""
     epoch: int
+    erase_boxes: np.ndarray | None = None
+    """Of images in bytes: as of ``DecodedBatch``."""
+    erase_keys: np.ndarray | None = None
+    """Of images in bytes: as of ``DecodedBatch``."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -186,8 +191,19 @@ def read_batch(
     return DecodedBatch(plan, used, labels, bad=list(bad.values())), accepted
 
 
+def in_bytes(values: tuple[float, float, float]) -> torch.Tensor:
+    """A mean or a standard deviation as one of bytes: (3,) float32 in 0 … 255."""
+    return 255 * torch.tensor(values, dtype=torch.float32)
+
+
 class Normalizer:
-    """Turns decoded batches into batches on ``device``."""
+    """Turns decoded batches into batches on ``device``.
+
+    Args:
+        mean, std: of the three channels, in 0 … 1.
+        device: where batches go.
+        bytes_only: leave normalising and erasing to ``Mixer``, which does both as it mixes.
+    """
 
     def __init__(
         self,
@@ -195,16 +211,18 @@ class Normalizer:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         device: torch.device,
+        bytes_only: bool = False,
     ) -> None:
-        self._device = device
-        self._mean = (255 * torch.tensor(mean, dtype=torch.float32)).to(device)
-        self._std = (255 * torch.tensor(std, dtype=torch.float32)).to(device)
+        self._device, self._bytes_only = device, bytes_only
+        self._mean, self._std = in_bytes(mean).to(device), in_bytes(std).to(device)
 
     def __call__(self, decoded: DecodedBatch) -> Batch:
         """Normalise (x − 255 mean) / (255 std), then erase; channels-last in memory."""
-        pixels = decoded.pixels.to(self._device, non_blocking=True)
-        images = pixels.float().sub_(self._mean).div_(self._std)
-        self._erase(images, decoded)
+        images = decoded.pixels.to(self._device, non_blocking=True)
+        bytes_only = self._bytes_only and decoded.erase_values is None
+        if not bytes_only:
+            images = images.float().sub_(self._mean).div_(self._std)
+            self._erase(images, decoded)
         labels = torch.from_numpy(decoded.labels).to(self._device, non_blocking=True)
         return Batch(
             images=images.permute(0, 3, 1, 2),
@@ -212,6 +230,8 @@ class Normalizer:
             sample_ids=decoded.ids,
             positions=decoded.plan.positions,
             epoch=decoded.plan.epoch,
+            erase_boxes=decoded.erase_boxes if bytes_only else None,
+            erase_keys=decoded.erase_keys if bytes_only else None,
         )
 
     def _erase(self, images: torch.Tensor, decoded: DecodedBatch) -> None:
@@ -219,12 +239,6 @@ class Normalizer:
             return
         if decoded.erase_keys is not None:
             erasing.erase(images, decoded.erase_boxes, decoded.erase_keys)
-            return
-        if decoded.erase_values is None:
-            return
-        values, used = decoded.erase_values.to(self._device, non_blocking=True), 0
-        for place, (top, left, height, width) in enumerate(decoded.erase_boxes.tolist()):
-            if height:
-                patch = values[used : used + height * width].view(height, width, 3)
-                images[place, top : top + height, left : left + width] = patch
-                used += height * width
+        elif decoded.erase_values is not None:
+            values = decoded.erase_values.to(self._device, non_blocking=True)
+            erasing.fill(images, decoded.erase_boxes, values)

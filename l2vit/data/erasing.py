@@ -33,8 +33,8 @@ _LEVELS = 1 << 16
 
 
 @functools.cache
-def _quantiles(device: torch.device) -> torch.Tensor:
-    """Φ⁻¹ of the middles of 2^16 equal parts."""
+def quantiles(device: torch.device) -> torch.Tensor:
+    """Φ⁻¹ of the middles of 2^16 equal parts, (2^16,) float32."""
     middles = (np.arange(_LEVELS) + 0.5) / _LEVELS
     return torch.from_numpy(ndtri(middles).astype(np.float32)).to(device)
 
@@ -46,12 +46,25 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> _LAST_SHIFT)
 
 
-def words_of(keys: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b of keys (n,) uint64 below 2^63; each (n,) int64."""
-    k = torch.from_numpy(keys.astype(np.int64))
-    high = k >> 32
-    a = _mix((k + _GOLDEN * high) & _MASK)
-    return a, _mix(a ^ (high & _MASK) ^ _OTHER)
+def _mix_in_place(x: np.ndarray, room: np.ndarray) -> None:
+    """The same of uint32, ``room`` being as large as ``x``."""
+    for shift, factor in _STEPS:
+        np.right_shift(x, shift, out=room)
+        x ^= room
+        x *= np.uint32(factor)
+    np.right_shift(x, _LAST_SHIFT, out=room)
+    x ^= room
+
+
+def words_of(keys: np.ndarray) -> np.ndarray:
+    """a and b of keys (n,) uint64; (2, n) int64."""
+    low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
+    room = np.empty_like(low)
+    a = low + np.uint32(_GOLDEN) * high
+    _mix_in_place(a, room)
+    b = a ^ high ^ np.uint32(_OTHER)
+    _mix_in_place(b, room)
+    return np.stack([a, b]).astype(np.int64)
 
 
 def noise(places: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -64,29 +77,63 @@ def noise(places: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
     numbers = 3 * places[:, None] + torch.arange(3, device=places.device)
     mixed = _mix(numbers ^ a[:, None])
     mixed = _mix((mixed + b[:, None]) & _MASK)
-    return _quantiles(places.device)[mixed >> 16]
+    return quantiles(places.device)[mixed >> 16]
 
 
 def erase(images: torch.Tensor, boxes: np.ndarray, keys: np.ndarray) -> None:
-    """Fill each picture's box with noise, all at once.
+    """Fill each picture's box with noise, on a GPU all at once.
 
     Args:
         images: (n, S, S, 3) floating, contiguous; changed in place.
         boxes: (n, 4) int64: top, left, height, width; height 0 for none.
         keys: (n,) uint64 below 2^63.
     """
-    erased = np.flatnonzero(boxes[:, 2])
-    if not len(erased):
-        return
-    side, (top, left, height, width) = images.shape[1], boxes[erased].T
+    words = words_of(keys)
+    if images.device.type == "cpu":
+        for place in np.flatnonzero(boxes[:, 2]).tolist():
+            top, left, height, width = boxes[place].tolist()
+            a, b = words[:, place].tolist()
+            values = _noise_of_box(images.shape[1], top, left, height, width, a, b)
+            images[place, top : top + height, left : left + width] = torch.from_numpy(values)
+    elif boxes[:, 2].any():
+        which, rows, columns = _pixels_of(boxes, images.device)
+        keyed = upload(words, images.device)[:, which].unbind()
+        drawn = noise(rows * images.shape[1] + columns, *keyed)
+        images[which, rows, columns] = drawn.to(images.dtype)
+
+
+def fill(images: torch.Tensor, boxes: np.ndarray, values: torch.Tensor) -> None:
+    """Fill boxes, as of ``erase``, with ``values`` (pixels of all boxes in order, 3)."""
+    if boxes[:, 2].any():
+        images[_pixels_of(boxes, images.device)] = values.to(images.dtype)
+
+
+def _pixels_of(
+    boxes: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Picture, row and column of every pixel in a box; each (pixels,) int64."""
+    top, left, height, width = boxes.T
     areas = height * width
     first = np.cumsum(areas) - areas
-    words = [word.numpy() for word in words_of(keys[erased])]
-    pictures = np.stack([erased * side * side, top, left, width, first, *words, areas])
-    table = upload(pictures, images.device)
+    table = upload(np.stack([np.arange(len(boxes)), top, left, width, first, areas]), device)
     total = int(areas.sum())
-    which = torch.repeat_interleave(table[-1], output_size=total)
-    start, tops, lefts, widths, firsts, a, b = table[:-1, which].unbind()
-    offset = torch.arange(total, device=images.device) - firsts
-    places = (tops + offset // widths) * side + lefts + offset % widths
-    images.view(-1, 3)[start + places] = noise(places, a, b).to(images.dtype)
+    repeated = torch.repeat_interleave(table[-1], output_size=total)
+    which, tops, lefts, widths, firsts = table[:-1, repeated].unbind()
+    offset = torch.arange(total, device=device) - firsts
+    return which, tops + offset // widths, lefts + offset % widths
+
+
+def _noise_of_box(
+    side: int, top: int, left: int, height: int, width: int, a: int, b: int
+) -> np.ndarray:
+    """(height, width, 3) float32: ``noise`` of a box on the CPU, in a quarter of the time."""
+    starts = 3 * (np.arange(top, top + height)[:, None] * side + left)
+    x: np.ndarray = (starts + np.arange(3 * width)).astype(np.uint32)
+    room = np.empty_like(x)
+    x ^= np.uint32(a)
+    _mix_in_place(x, room)
+    x += np.uint32(b)
+    _mix_in_place(x, room)
+    x >>= 16
+    table = quantiles(torch.device("cpu")).numpy()
+    return table[x].reshape(height, width, 3)

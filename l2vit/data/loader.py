@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from l2vit import config
-from l2vit.data import dali_probe
+from l2vit.data import dali_probe, mixup
 from l2vit.data.augment import AugmentSampler
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import Batch, DecodedBatch, EvalPlanner, Normalizer, TrainPlanner
@@ -102,7 +102,9 @@ def train_loader(
     else:
         source = TrainSource(reader, planner, sampler, log, data.prefetch)
         batches = _dali_batches(source, data, device, batch=split.micro_batch, augment=augment)
-    normalizer = Normalizer(mean=augment.mean, std=augment.std, device=device)
+    normalizer = Normalizer(
+        mean=augment.mean, std=augment.std, device=device, bytes_only=mixup.kernels_agree(device)
+    )
     return TrainLoader(batches, normalizer, log, order=order, device=device)
 
 

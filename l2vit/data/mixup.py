@@ -8,15 +8,17 @@ Zhang et al. 2018 (mixup), Yun et al. 2019 (cutmix), with timm's box and its cor
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
 
-from l2vit.data.batch import Batch
+from l2vit.data import erasing
+from l2vit.data.batch import Batch, BatchPlan, DecodedBatch, Normalizer, in_bytes
 from l2vit.data.config import AugmentConfig
-from l2vit.data.device import upload
+from l2vit.data.device import check_passes, upload
 from l2vit.data.rng import derive_key, uniforms
 from l2vit.errors import ConfigError
 
@@ -34,6 +36,15 @@ class MixParams:
     boxes: np.ndarray
     """(n, 4) int64: top, bottom, left, right (ends excluded) that cutmix takes from the partner."""
 
+    def table(self, erase_boxes: np.ndarray | None, erase_keys: np.ndarray | None) -> np.ndarray:
+        """All that ``mix_triton`` needs of each sample, (n, 13) int64: partner, bits of the weight,
+        whether cut, box, erased box, the two words of its noise."""
+        noise = np.zeros((len(self.partners), 6), np.int64)
+        if erase_boxes is not None and erase_keys is not None:
+            noise = np.concatenate([erase_boxes, erasing.words_of(erase_keys).T], axis=1)
+        bits = self.weights.astype(np.float32).view(np.int32)
+        return np.column_stack([self.partners, bits, self.cut, self.boxes, noise]).astype(np.int64)
+
 
 class Mixer:
     """Mixes batches and makes their targets.
@@ -42,10 +53,20 @@ class Mixer:
         augment: strengths and smoothing.
         num_classes: width of the targets.
         seed: the run's seed.
+        dtype: of images that come in bytes; others keep theirs.
     """
 
-    def __init__(self, augment: AugmentConfig, *, num_classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        augment: AugmentConfig,
+        *,
+        num_classes: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._augment, self._classes, self._seed = augment, num_classes, seed
+        self._dtype = dtype
+        self._mean, self._std = in_bytes(augment.mean).tolist(), in_bytes(augment.std).tolist()
 
     def __call__(self, batch: Batch, *, mix: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Mixed images and float32 targets (B, classes); ``mix`` False only smooths labels.
@@ -53,11 +74,15 @@ class Mixer:
         Raises:
             ConfigError: the micro-batch is not made of whole mixing groups.
         """
-        targets = self._smooth(batch.labels)
-        if not mix or not (self._augment.mixup or self._augment.cutmix):
-            return batch.images, targets
+        mix = mix and bool(self._augment.mixup or self._augment.cutmix)
         height, width = batch.images.shape[-2:]
-        params = self.sample(batch.epoch, batch.positions, height, width)
+        if mix:
+            params = self.sample(batch.epoch, batch.positions, height, width)
+        if batch.images.dtype == torch.uint8:
+            return self._from_bytes(batch, params if mix else _unmixed(len(batch)))
+        targets = self._smooth(batch.labels)
+        if not mix:
+            return batch.images, targets
         device = batch.images.device
         partners = upload(params.partners, device)
         cut, boxes = upload(params.cut, device), upload(params.boxes, device)
@@ -66,11 +91,28 @@ class Mixer:
         images = batch.images * share + batch.images[partners] * (1 - share)
         return images, targets * weight + targets[partners] * (1 - weight)
 
+    def _from_bytes(self, batch: Batch, params: MixParams) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise, erase and mix in one pass; see ``mix_triton``."""
+        from l2vit.data import mix_triton
+
+        table = upload(params.table(batch.erase_boxes, batch.erase_keys), batch.images.device)
+        images = mix_triton.mix_images(
+            batch.images, table, mean=self._mean, std=self._std, dtype=self._dtype
+        )
+        on, off = self._smoothed()
+        return images, mix_triton.mix_targets(
+            batch.labels, table, classes=self._classes, on=on, off=off
+        )
+
     def _smooth(self, labels: torch.Tensor) -> torch.Tensor:
-        off = self._augment.label_smoothing / self._classes
+        on, off = self._smoothed()
         targets = torch.full((len(labels), self._classes), off, device=labels.device)
-        on = 1.0 - self._augment.label_smoothing + off
         return targets.scatter_(1, labels[:, None], on)
+
+    def _smoothed(self) -> tuple[float, float]:
+        """Targets of an image's class and of every other, before mixing."""
+        off = self._augment.label_smoothing / self._classes
+        return 1.0 - self._augment.label_smoothing + off, off
 
     def sample(self, epoch: int, positions: np.ndarray, height: int, width: int) -> MixParams:
         """The mixing of the samples at ``positions`` (B,), whole groups of neighbours."""
@@ -114,6 +156,40 @@ class Mixer:
         left, right = _clipped(x, cut_w, width)
         area = (bottom - top) * (right - left)
         return np.stack([top, bottom, left, right], axis=1), 1 - area / (height * width)
+
+
+@functools.cache
+def kernels_agree(device: torch.device) -> bool:
+    """Whether on ``device`` the Triton kernels make of bytes what ``Normalizer`` and the tensor
+    operations make of them; a warning says where they do not. Asked once a device."""
+    if device.type == "cpu":
+        return False
+    return check_passes("The Triton kernels that mix images", device, lambda: _compare(device))
+
+
+def _compare(device: torch.device) -> None:
+    augment, rng = AugmentConfig(), np.random.default_rng(0)
+    count, side, ids = 16, 40, np.arange(16)
+    pixels = torch.from_numpy(rng.integers(0, 256, (count, side, side, 3), np.uint8)).to(device)
+    decoded = DecodedBatch(BatchPlan(0, 0, ids, ids), ids, ids % 5, pixels)
+    decoded.erase_boxes = rng.integers(0, side // 2, (count, 4))
+    decoded.erase_keys = rng.integers(0, 2**62, count).astype(np.uint64)
+    mixer = Mixer(augment, num_classes=2000, seed=0)
+    for mix in (True, False):
+        found = []
+        for bytes_only in (True, False):
+            normalize = Normalizer(
+                mean=augment.mean, std=augment.std, device=device, bytes_only=bytes_only
+            )
+            found.append(mixer(normalize(decoded), mix=mix))
+        if not all(map(torch.equal, *found)):
+            raise ArithmeticError("images or targets differ")
+
+
+def _unmixed(count: int) -> MixParams:
+    """Each sample its own partner, of weight 1."""
+    boxes = np.zeros((count, 4), np.int64)
+    return MixParams(np.arange(count), np.ones(count), np.zeros(count, bool), boxes)
 
 
 def _clipped(centre: np.ndarray, length: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

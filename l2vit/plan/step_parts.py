@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l2vit.data import augment_device
 from l2vit.data.augment import AugmentSampler, fill_colour
-from l2vit.data.batch import Batch, BatchPlan, DecodedBatch, Normalizer
+from l2vit.data.batch import BatchPlan, DecodedBatch, Normalizer
 from l2vit.data.mixup import Mixer
 from l2vit.data.order import Split
 from l2vit.plan.kinds import COPIES
@@ -117,7 +117,7 @@ def _fused_optimizer() -> Iterator[None]:
 def augmentation_parts(
     config: TrainConfig, *, batch: int, classes: int
 ) -> dict[str, Counter[Operation]]:
-    """RandAugment; normalising and erasing; mixing: of one micro-batch, on the meta device."""
+    """RandAugment; normalising, erasing and mixing: of one micro-batch, on the meta device."""
     augment, size = config.augment, config.data.input_size
     ids = np.arange(batch)
     params = AugmentSampler(augment, input_size=size, seed=config.run.seed).sample(0, ids)
@@ -133,12 +133,11 @@ def augmentation_parts(
         )
     decoded = DecodedBatch(BatchPlan(0, 0, ids, ids), ids, ids % classes, pixels)
     decoded.draw_erasing(params)
-    normalize = Normalizer(mean=augment.mean, std=augment.std, device=META)
-    mixer = Mixer(augment, num_classes=classes, seed=config.run.seed)
-    with _recorded(parts, "normalise and erase"):
-        images: Batch = normalize(decoded)
-    with _recorded(parts, "mixing"):
-        mixer(images)
+    normalize = Normalizer(mean=augment.mean, std=augment.std, device=META, bytes_only=True)
+    dtype = DTYPES[config.engine.precision]
+    mixer = Mixer(augment, num_classes=classes, seed=config.run.seed, dtype=dtype)
+    with _recorded(parts, "normalise, erase, mix"):
+        mixer(normalize(decoded))
     return parts
 
 

@@ -24,6 +24,7 @@ from l2vit.train.config import TrainConfig
 from l2vit.train.distributed import World
 from l2vit.train.engine import Engine
 from l2vit.train.evaluation import Evaluator
+from l2vit.train.precision import DTYPES
 from l2vit.train.probe import fix_body
 from l2vit.train.schedule import steps_of
 from l2vit.train.task import Loader, Report, TrainBatch, TrainingData
@@ -130,7 +131,10 @@ class Classification:
             bad_samples_log=directory / LOG_NAME,
         )
         self._mixer = Mixer(
-            config.augment, num_classes=len(self.data.classes), seed=config.run.seed
+            config.augment,
+            num_classes=len(self.data.classes),
+            seed=config.run.seed,
+            dtype=DTYPES[config.engine.precision],
         )
         self._mix_off_steps = mix_off_steps(
             config.augment, steps_per_epoch=loader.order.steps_per_epoch

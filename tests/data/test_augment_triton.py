@@ -1,4 +1,4 @@
-"""RandAugment's Triton kernels: their bytes (interpreted), their machine code, their cost."""
+"""Triton kernels for pictures: their values (interpreted), their machine code, their cost."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from l2vit import config
-from l2vit.data import augment_device, augment_gpu
+from l2vit.data import augment_device, augment_gpu, mixup
 from l2vit.data.augment import OPS
 from l2vit.plan.step_parts import augmentation_parts
 from l2vit.train.config import TrainConfig
@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_bytes_in_the_interpreter():
-    """Those of timm's functions on PIL pictures, every operation; see interpreted_augment.py."""
-    file = Path(__file__).with_name("interpreted_augment.py")
+    """Those of timm's functions on PIL pictures, every operation (interpreted_augment.py), and
+    mixing from bytes (interpreted_mixing.py)."""
+    files = [Path(__file__).with_name(f"interpreted_{what}.py") for what in ("augment", "mixing")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
@@ -32,16 +33,18 @@ def test_bytes_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def compiled(name, constants, architecture):
+BYTES = {"pixels": "*u8", "tables": "*u8", "result": "*u8", "plan": "*fp64"}
+MIXED = {"pixels": "*u8", "table": "*i64", "labels": "*i64", "quantiles": "*fp32"}
+MIXED |= {f"{what}_{name}": "fp32" for what in ("mean", "std") for name in ("red", "green", "blue")}
+MIXED |= {"on": "fp32", "off": "fp32"}
+
+
+def compiled(kernel, types, constants, architecture):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from l2vit.data import augment_triton
-
-    kernel = getattr(augment_triton, name)
-    pointers = {"pixels": "*u8", "tables": "*u8", "result": "*u8", "plan": "*fp64"}
     signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    signature |= {key: kind for key, kind in pointers.items() if key in signature}
+    signature |= {key: kind for key, kind in types.items() if key in signature}
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants),
         target=GPUTarget("cuda", architecture, 32),
@@ -51,18 +54,25 @@ def compiled(name, constants, architecture):
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(
-    ("name", "constants"),
+    ("name", "constants", "types"),
     [
-        ("table_kernel", {"BLOCK": 1024}),
-        ("gather_kernel", {"CUBIC": True, "BLOCK": 512}),
-        ("gather_kernel", {"CUBIC": False, "BLOCK": 512}),
+        ("table_kernel", {"BLOCK": 1024}, BYTES),
+        ("gather_kernel", {"CUBIC": True, "BLOCK": 512}, BYTES),
+        ("gather_kernel", {"CUBIC": False, "BLOCK": 512}, BYTES),
+        ("mix_kernel", {"BLOCK": 1024}, {**MIXED, "result": "*bf16"}),
+        ("target_kernel", {"BLOCK": 1024}, {**MIXED, "result": "*fp32"}),
     ],
 )
-def test_compiles_without_a_gpu(name, constants, architecture, tmp_path, monkeypatch):
+def test_compiles_without_a_gpu(name, constants, types, architecture, tmp_path, monkeypatch):
     """No spills, and no product fused with a sum: that would change bytes."""
+    from l2vit.data import augment_triton, mix_triton
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    built = compiled(name, constants, architecture)
+    kernel = getattr(augment_triton if types is BYTES else mix_triton, name)
+    built = compiled(kernel, types, constants, architecture)
     assert not re.findall(r"\bfma\.", built.asm["ptx"])
+    if "*bf16" in types.values():
+        assert "cvt.rn.bf16" in built.asm["ptx"]  # rounded as PyTorch does, to the nearest
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -71,11 +81,23 @@ def test_compiles_without_a_gpu(name, constants, architecture, tmp_path, monkeyp
 
 
 def test_launches_and_bytes_of_256_pictures():
-    """The budget: at most 10 launches and 0.5 GB, by the ledger."""
+    """The budget: at most 10 launches and 0.5 GB for RandAugment and as much for the rest."""
     settings = config.load(TrainConfig, str(ROOT / "pretrain" / "configs" / "in22k_base.yaml"))
-    found = augmentation_parts(settings, batch=256, classes=1000)["RandAugment"]
-    assert found.total() <= 10
-    assert sum(op.bytes * count for op, count in found.items()) <= 0.5e9
+    parts = augmentation_parts(settings, batch=256, classes=21841)
+    assert set(parts) == {"RandAugment", "normalise, erase, mix"}
+    for found in parts.values():
+        assert found.total() <= 10
+        assert sum(op.bytes * count for op, count in found.items()) <= 0.5e9
+
+
+def test_without_agreement_the_loader_normalises(monkeypatch):
+    """Pretended on the meta device; on a CPU nothing is compared and nobody is told."""
+    device = torch.device("meta")
+    mixup.kernels_agree.cache_clear()
+    monkeypatch.setattr(mixup, "_compare", lambda device: 1 / 0)
+    with pytest.warns(UserWarning, match="that mix images are not used on meta: division by zero"):
+        assert not mixup.kernels_agree(device)
+    assert not mixup.kernels_agree(torch.device("cpu"))
 
 
 def test_without_agreement_the_tensor_operations_run(monkeypatch):
@@ -95,3 +117,4 @@ def test_without_agreement_the_tensor_operations_run(monkeypatch):
 @pytest.mark.gpu
 def test_bytes_on_a_gpu():
     assert augment_device.kernels_agree(torch.device("cuda", 0))
+    assert mixup.kernels_agree(torch.device("cuda", 0))

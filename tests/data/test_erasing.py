@@ -60,7 +60,7 @@ def test_a_picture_gets_the_same_wherever_it_stands():
 def test_noise_is_normal_and_of_each_picture_and_channel_by_itself():
     count = 40_000
     places = torch.arange(count)
-    words = torch.stack(erasing.words_of(np.array([11, 12], np.uint64)))
+    words = torch.from_numpy(erasing.words_of(np.array([11, 12], np.uint64)))
     one, other = (
         erasing.noise(places, *words[:, place, None].expand(2, count)).numpy() for place in (0, 1)
     )
