@@ -19,12 +19,6 @@ class MachineCode:
     loops: list[int]
     """Instructions of each loop, an outer one with its inner ones once; inner ones first."""
 
-    def a_pass(self, trips: int) -> int:
-        """Instructions of one pass of the outer of two loops, the inner taken ``trips`` times; of
-        the only loop, where the compiler unrolled the inner one."""
-        inner, *outer = self.loops
-        return outer[0] + (trips - 1) * inner if outer else inner
-
 
 def machine_code(built: Any, directory: Path) -> MachineCode:
     """The code of a kernel that ``triton.compile`` made, by NVIDIA's cuobjdump."""

@@ -1,14 +1,14 @@
-"""Depthwise convolution on (B, H, W, C): forward, and its gradients, accumulated in fp32.
+"""Depthwise convolution on (B, H, W, C): forward, and all gradients at once, accumulated in fp32.
+
+A thread slides down the rows with its own channels of ``_COLUMNS`` columns. It keeps the taps and
+the sums of the K output rows that an input row touches in registers, so each input is read and
+converted once, but for the columns that neighbours share. The gradients slide the same way over
+the incoming gradient and keep K rows of the input beside it: one pass over both maps gives the
+input's gradient and the sums for every tap and the bias. These are made in parts that a second
+kernel adds in a fixed order: no atomics, so a run repeats bit for bit.
 
 With a residual, x + conv(x), the kernel's centre is one more: then the forward pass and the input
 gradient add x and the incoming gradient for nothing.
-
-The forward pass slides down the rows: a program keeps the sums of the K output rows that an input
-row touches, so each input is read and converted K times, not K². Taps are made once a step, in
-fp32 and in blocks of channels, for the forward and both gradients. The input gradient is the same
-pass with the kernel turned round. The weight gradient slides down the rows, too, with K rows of
-the incoming gradient at hand; its sums are made in parts that a second step adds in a fixed order:
-no atomics, so a run repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -21,16 +21,73 @@ import triton.language as tl
 from torch import Tensor
 
 from l2vit.models.ops.reference import depthwise_conv
+from l2vit.models.ops.triton_sums import added_parts
 
 SIZES = (3, 5, 7)
-_PROGRAMS = 2048  # of the weight gradient: enough to fill a GPU
-_BLOCK_W = 8
-_ROWS = 28  # that a program slides over at most
+_COLUMNS = 7  # of a forward program; divides 56, 28, 14 and 7
+_GRADIENT_COLUMNS = {3: 7, 5: 4, 7: 4}  # with 7 and a kernel of 5 or 7 some registers are spilled
+_ROWS = 56  # that a forward program slides over at most
+_PROGRAMS = {3: 2048, 5: 1024, 7: 1024}  # of a warp each: about as many as fit on an H100
 
 
 @triton.jit
-def _load(at: tl.tensor, valid: tl.tensor) -> tl.tensor:
-    return tl.load(at, mask=valid, other=0.0).to(tl.float32)
+def _row(
+    at: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
+    valid: tl.tensor,
+    CHANNELS: tl.constexpr,
+    HALO: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tuple:
+    """A row's columns from ``column - HALO`` to ``column + COLUMNS + HALO``, zero outside."""
+    values: tl.tuple = ()
+    for k in tl.static_range(COLUMNS + 2 * HALO):
+        exists = valid & (column + (k - HALO) < width)
+        if k < HALO:
+            exists = exists & (column + (k - HALO) >= 0)
+        value = tl.load(at + (k - HALO) * CHANNELS, mask=exists, other=0.0)
+        values += (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _store_row(
+    at: tl.tensor,
+    values: tl.tuple,
+    column: tl.tensor,
+    width: tl.tensor,
+    valid: tl.tensor,
+    CHANNELS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    for c in tl.static_range(COLUMNS):
+        value = values[FIRST + c].to(at.dtype.element_ty)
+        tl.store(at + c * CHANNELS, value, mask=valid & (column + c < width))
+
+
+@triton.jit
+def _correlate(
+    sums: tl.tuple, row: tl.tuple, taps: tl.tuple, K: tl.constexpr, COLUMNS: tl.constexpr
+) -> tl.tuple:
+    """``sums`` of the K rows around ``row``, the upper first, with what ``row`` adds to them."""
+    added: tl.tuple = ()
+    for m in tl.static_range(K):
+        for c in tl.static_range(COLUMNS):
+            value = sums[m * COLUMNS + c]
+            for j in tl.static_range(K):
+                value += row[c + j] * taps[(K - 1 - m) * K + j]
+            added += (value,)
+    return added
+
+
+@triton.jit
+def _repeated(value: tl.tensor, TIMES: tl.constexpr) -> tl.tuple:
+    values: tl.tuple = ()
+    for _ in tl.static_range(TIMES):
+        values += (value,)
+    return values
 
 
 @triton.jit
@@ -42,15 +99,14 @@ def taps_kernel(
     K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """(C, K, K) as (channel blocks, K columns, K rows, BLOCK_C). Grid (channel blocks, K·K)."""
+    """(C, K, K) as (K·K, C) in fp32. Grid (channel blocks, K·K)."""
     place = tl.program_id(1)
-    within = tl.arange(0, BLOCK_C)
-    channel = tl.program_id(0) * BLOCK_C + within
-    tap = _load(weight + channel * (K * K) + place, channel < channels)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    tap = tl.load(weight + channel * (K * K) + place, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         tap += tl.where(place == (K * K) // 2, 1.0, 0.0)
-    turned = (place % K) * K + place // K
-    tl.store(taps + (tl.program_id(0) * (K * K) + turned) * BLOCK_C + within, tap)
+    tl.store(taps + place * channels + channel, tap, mask=inside)
 
 
 @triton.jit
@@ -61,205 +117,149 @@ def forward_kernel(
     out: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
-    channels: tl.tensor,
     across: tl.tensor,
     down: tl.tensor,
     rows: tl.tensor,
+    CHANNELS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    FLIP: tl.constexpr,
-    EVEN: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """``rows`` rows of BLOCK_W columns and BLOCK_C channels. Grid (B·down·across, channel blocks).
+    """``rows`` rows of COLUMNS columns and BLOCK_C channels. Grid (B·down·across, channel blocks).
 
-    ``s0 ... s6`` are the sums of output rows row − K/2 ... row + K/2; the first is complete.
+    ``sums`` are those of output rows row − K/2 ... row + K/2; the first is complete.
     """
     R: tl.constexpr = K // 2
-    column = (tl.program_id(0) % across) * BLOCK_W + tl.arange(0, BLOCK_W)
-    image = (tl.program_id(0) // across // down).to(tl.int64)
-    first = (tl.program_id(0) // across % down) * rows
-    last = tl.minimum(first + rows, height)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = (column < width)[:, None]
-    if not EVEN:
-        exists = exists & (channel < channels)[None, :]
-    source = x + image * height * width * channels
-    into = out + image * height * width * channels
-    tap_at = taps + tl.program_id(1) * (K * K * BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
-    tap_at = tap_at + column[:, None] * 0
-    start = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    inside = channel < CHANNELS
+    tap: tl.tuple = ()
+    for place in tl.static_range(K * K):
+        tap += (tl.load(taps + place * CHANNELS + channel, mask=inside, other=0.0),)
+    start = tl.zeros((BLOCK_C,), tl.float32)
     if HAS_BIAS:
-        start += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    s0, s1, s2, s3, s4, s5, s6 = start, start, start, start, start, start, start
-    at = (first - R) * width * channels + column[:, None] * channels + channel[None, :]
-    for row in range(first - R, last + R):
-        within = (row >= 0) & (row < height)
-        for j in range(K):
-            left = column + j - R
-            valid = (within & (left >= 0) & (left < width))[:, None]
-            if not EVEN:
-                valid = valid & (channel < channels)[None, :]
-            value = _load(source + at + (j - R) * channels, valid)
-            tap = tap_at + ((K - 1 - j) if FLIP else j) * (K * BLOCK_C)
-            for m in tl.static_range(K):
-                term = value * tl.load(tap + (m if FLIP else K - 1 - m) * BLOCK_C)
-                if m == 0:
-                    s0 += term
-                elif m == 1:
-                    s1 += term
-                elif m == 2:
-                    s2 += term
-                elif m == 3:
-                    s3 += term
-                elif m == 4:
-                    s4 += term
-                elif m == 5:
-                    s5 += term
-                else:
-                    s6 += term
-        complete = exists & (row - R >= first)
-        tl.store(into + at - R * width * channels, s0.to(out.dtype.element_ty), mask=complete)
-        at += width * channels
-        s0, s1 = s1, s2
-        if K == 3:
-            s2 = start
-        else:
-            s2, s3 = s3, s4
-            if K == 5:
-                s4 = start
-            else:
-                s4, s5, s6 = s5, s6, start
+        start += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    item = tl.program_id(0)
+    column = (item % across) * COLUMNS
+    first = (item // across % down) * rows
+    last = tl.minimum(first + rows, height)
+    begin, end = tl.maximum(first - R, 0), tl.minimum(last + R, height)
+    step = width * CHANNELS
+    image = (item // across // down).to(tl.int64) * height * step
+    at = image + begin * step + column * CHANNELS + channel
+    sums = _repeated(start, K * COLUMNS)
+    for row in range(begin, end):
+        values = _row(x + at, column, width, inside, CHANNELS, R, COLUMNS)
+        sums = _correlate(sums, values, tap, K, COLUMNS)
+        complete = inside & (row - R >= first)
+        _store_row(out + at - R * step, sums, column, width, complete, CHANNELS, 0, COLUMNS)
+        sums = sums[COLUMNS:] + _repeated(start, COLUMNS)
+        at += step
+    for m in tl.static_range(R):  # the map's last rows, below which there is nothing
+        exists = inside & (end - R + m >= first) & (end - R + m < last)
+        under = out + at + (m - R) * step
+        _store_row(under, sums, column, width, exists, CHANNELS, m * COLUMNS, COLUMNS)
 
 
 @triton.jit
-def weight_gradient_kernel(
+def gradients_kernel(
     x: tl.tensor,
     grad: tl.tensor,
+    taps: tl.tensor,
+    grad_x: tl.tensor,
     part: tl.tensor,
-    images: tl.tensor,
+    items: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
-    channels: tl.tensor,
+    across: tl.tensor,
     chunk: tl.tensor,
-    EVEN: tl.constexpr,
+    CHANNELS: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """One column j of the kernel over ``chunk`` images, and the bias beside the first.
+    """All gradients of ``chunk`` items, each COLUMNS columns of an image.
 
-    Grid (chunks, channel blocks, K). ``part`` is (chunks, C·K·K + C). ``g0 ... g6`` are rows
-    row − K/2 ... row + K/2 of the incoming gradient, which input row ``row`` meets with taps
-    K − 1 ... 0; ``t0 ... t6`` the sums for these.
+    Grid (chunks, channel blocks); ``part`` is (chunks, (K·K + 1)·C), the bias last. ``sums`` are
+    those of the input gradient's rows row − K/2 ... row + K/2, ``window`` the same rows of the
+    input: row ``row`` of the incoming gradient meets them all.
     """
     R: tl.constexpr = K // 2
-    j = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (channel < channels)[None, :]
-    begin = tl.program_id(0).to(tl.int64) * chunk
-    none = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    t0, t1, t2, t3, t4, t5, t6 = none, none, none, none, none, none, none
-    total = none
-    for image in range(begin, tl.minimum(begin + chunk, images)):
-        base = image * height * width * channels
-        for edge in range(0, width, BLOCK_W):
-            column = edge + tl.arange(0, BLOCK_W)
-            left = column + j - R
-            here = (column < width)[:, None]
-            there = ((column < width) & (left >= 0) & (left < width))[:, None]
-            if not EVEN:
-                here, there = here & inside, there & inside
-            at = base + column[:, None] * channels + channel[None, :]
-            shifted = at + (j - R) * channels
-            g0, g1, g2, g3, g4, g5, g6 = none, none, none, none, none, none, none
-            for row in range(-R, height):
-                # The row that comes in is the last of those around ``row``.
-                ahead = at + (row + R) * width * channels
-                fresh = _load(grad + ahead, here & (row + R < height))
-                g0, g1 = g1, g2
-                if K == 3:
-                    g2 = fresh
-                else:
-                    g2, g3 = g3, g4
-                    if K == 5:
-                        g4 = fresh
-                    else:
-                        g4, g5, g6 = g5, g6, fresh
-                if j == 0:
-                    total += fresh
-                value = _load(x + shifted + row * width * channels, there & (row >= 0))
-                t0 += value * g0
-                t1 += value * g1
-                t2 += value * g2
-                if K > 3:
-                    t3 += value * g3
-                    t4 += value * g4
-                if K > 5:
-                    t5 += value * g5
-                    t6 += value * g6
-    into = part + tl.program_id(0).to(tl.int64) * (K * K + 1) * channels
-    seen = channel < channels
-    tap = into + channel * (K * K) + j
-    tl.store(tap + (K - 1) * K, tl.sum(t0, 0), mask=seen)
-    tl.store(tap + (K - 2) * K, tl.sum(t1, 0), mask=seen)
-    tl.store(tap + (K - 3) * K, tl.sum(t2, 0), mask=seen)
-    if K > 3:
-        tl.store(tap + (K - 4) * K, tl.sum(t3, 0), mask=seen)
-        tl.store(tap + (K - 5) * K, tl.sum(t4, 0), mask=seen)
-    if K > 5:
-        tl.store(tap + (K - 6) * K, tl.sum(t5, 0), mask=seen)
-        tl.store(tap + (K - 7) * K, tl.sum(t6, 0), mask=seen)
-    if j == 0:
-        tl.store(into + K * K * channels + channel, tl.sum(total, 0), mask=seen)
+    inside = channel < CHANNELS
+    none = tl.zeros((BLOCK_C,), tl.float32)
+    turned: tl.tuple = ()
+    for place in tl.static_range(K * K):
+        at_tap = taps + (K * K - 1 - place) * CHANNELS + channel
+        turned += (tl.load(at_tap, mask=inside, other=0.0),)
+    grad_taps = _repeated(none, K * K)
+    grad_bias = none
+    step = width * CHANNELS
+    start = tl.program_id(0) * chunk
+    for item in range(start, tl.minimum(start + chunk, items)):
+        column = (item % across) * COLUMNS
+        at = (item // across).to(tl.int64) * height * step + column * CHANNELS + channel
+        sums = _repeated(none, K * COLUMNS)
+        window = _repeated(none, (R + 1) * COLUMNS)
+        for ahead in tl.static_range(R):
+            exists = inside & (ahead < height)
+            window += _row(x + at + ahead * step, column, width, exists, CHANNELS, 0, COLUMNS)
+        for row in range(height):
+            upstream = _row(grad + at, column, width, inside, CHANNELS, R, COLUMNS)
+            sums = _correlate(sums, upstream, turned, K, COLUMNS)
+            above = grad_x + at - R * step
+            _store_row(above, sums, column, width, inside & (row >= R), CHANNELS, 0, COLUMNS)
+            sums = sums[COLUMNS:] + _repeated(none, COLUMNS)
+            exists = inside & (row + R < height)
+            fresh = _row(x + at + R * step, column, width, exists, CHANNELS, 0, COLUMNS)
+            window = window[COLUMNS:] + fresh
+            grad_taps = _products(grad_taps, window, upstream, K, COLUMNS)
+            for c in tl.static_range(COLUMNS):
+                grad_bias += upstream[R + c]
+            at += step
+        for m in tl.static_range(R):  # the map's last rows, below which there is nothing
+            exists = inside & (height - R + m >= 0)
+            under = grad_x + at + (m - R) * step
+            _store_row(under, sums, column, width, exists, CHANNELS, m * COLUMNS, COLUMNS)
+    into = part + tl.program_id(0).to(tl.int64) * ((K * K + 1) * CHANNELS) + channel
+    for place in tl.static_range(K * K):
+        tl.store(into + place * CHANNELS, grad_taps[place], mask=inside)
+    tl.store(into + K * K * CHANNELS, grad_bias, mask=inside)
 
 
-def _block_channels(channels: int) -> int:
-    return 64 if channels % 64 == 0 else 32
+@triton.jit
+def _products(
+    grad_taps: tl.tuple,
+    window: tl.tuple,
+    upstream: tl.tuple,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tuple:
+    """``grad_taps`` with what a row of the incoming gradient adds to them."""
+    added: tl.tuple = ()
+    for m in tl.static_range(K):
+        for j in tl.static_range(K):
+            value = grad_taps[m * K + j]
+            for c in tl.static_range(COLUMNS):
+                value += window[m * COLUMNS + c] * upstream[c + K - 1 - j]
+            added += (value,)
+    return added
 
 
-def _blocked_taps(weight: Tensor, *, residual: bool) -> Tensor:
-    """(C, 1, K, K) as (channel blocks, K columns, K rows, channels of a block) in fp32."""
+def _block_channels(channels: int, size: int) -> int:
+    """Two a thread where registers allow it."""
+    return 64 if size == 3 and channels % 64 == 0 else 32
+
+
+def _taps(weight: Tensor, *, residual: bool) -> Tensor:
+    """(C, 1, K, K) as (K·K, C) in fp32."""
     channels, _, size, _ = weight.shape
-    block = _block_channels(channels)
-    groups = triton.cdiv(channels, block)
-    taps = weight.new_empty(groups, size, size, block, dtype=torch.float32)
+    taps = weight.new_empty(size * size, channels, dtype=torch.float32)
     with torch.cuda.device_of(weight):  # where Triton launches
-        taps_kernel[(groups, size * size)](
-            weight, taps, channels, RESIDUAL=residual, K=size, BLOCK_C=block, num_warps=1
+        taps_kernel[(triton.cdiv(channels, 64), size * size)](
+            weight, taps, channels, RESIDUAL=residual, K=size, BLOCK_C=64, num_warps=1
         )
     return taps
-
-
-def _slide(x: Tensor, taps: Tensor, bias: Tensor | None, *, flip: bool) -> Tensor:
-    """The forward pass, or with ``flip`` that of the kernel turned round."""
-    b, h, w, c = x.shape
-    size, block = taps.shape[1], taps.shape[3]
-    across, down = triton.cdiv(w, _BLOCK_W), triton.cdiv(h, _ROWS)
-    out = torch.empty_like(x)
-    with torch.cuda.device_of(x):  # where Triton launches
-        forward_kernel[(b * down * across, taps.shape[0])](
-            x,
-            taps,
-            x if bias is None else bias.contiguous(),
-            out,
-            h,
-            w,
-            c,
-            across,
-            down,
-            min(h, _ROWS),
-            HAS_BIAS=bias is not None,
-            FLIP=flip,
-            EVEN=c % block == 0,
-            K=size,
-            BLOCK_W=_BLOCK_W,
-            BLOCK_C=block,
-            num_warps=2 if size == 3 and block == 64 else 1,
-            num_stages=1,
-        )
-    return out
 
 
 @torch.library.custom_op("l2vit::depthwise", mutates_args=())
@@ -272,10 +272,33 @@ def depthwise(
         residual: add ``x``.
 
     Returns:
-        The result, contiguous; and the taps, which the gradients need.
+        The result, contiguous; and the taps, (K·K, C) in fp32, which the gradients need.
     """
-    taps = _blocked_taps(weight.contiguous(), residual=residual)
-    return _slide(x.contiguous(), taps, bias, flip=False), taps
+    x, size = x.contiguous(), weight.shape[3]
+    b, h, w, c = x.shape
+    taps = _taps(weight.contiguous(), residual=residual)
+    across, down, block = triton.cdiv(w, _COLUMNS), triton.cdiv(h, _ROWS), _block_channels(c, size)
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):  # where Triton launches
+        forward_kernel[(b * down * across, triton.cdiv(c, block))](
+            x,
+            taps,
+            x if bias is None else bias.contiguous(),
+            out,
+            h,
+            w,
+            across,
+            down,
+            triton.cdiv(h, down),
+            CHANNELS=c,
+            HAS_BIAS=bias is not None,
+            K=size,
+            COLUMNS=_COLUMNS,
+            BLOCK_C=block,
+            num_warps=1,
+            num_stages=1,
+        )
+    return out, taps
 
 
 @depthwise.register_fake
@@ -283,48 +306,54 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False
 ) -> tuple[Tensor, Tensor]:
     channels, _, size, _ = weight.shape
-    block = _block_channels(channels)
-    taps = weight.new_empty(-(-channels // block), size, size, block, dtype=torch.float32)
+    taps = weight.new_empty(size * size, channels, dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), taps
 
 
 @torch.library.custom_op("l2vit::depthwise_backward", mutates_args=())
-def depthwise_backward(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the input; in fp32 that of the kernel, (C, K, K), and behind it the bias's."""
+def depthwise_backward(
+    x: Tensor, taps: Tensor, grad: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the input; in ``dtype`` that of the kernel, (C, K, K), and of the bias behind."""
     x, grad = x.contiguous(), grad.contiguous()
     b, h, w, c = x.shape
-    groups, size, _, block = taps.shape
-    grad_x = _slide(grad, taps, None, flip=True)
-    narrow = min(block, 32)
-    groups = triton.cdiv(c, narrow)
-    chunk = triton.cdiv(b, max(1, _PROGRAMS // (groups * size)))
-    chunks = triton.cdiv(b, chunk)
+    size = _size(taps)
+    columns, block = _GRADIENT_COLUMNS[size], _block_channels(c, size)
+    across, groups = triton.cdiv(w, columns), triton.cdiv(c, block)
+    chunk = triton.cdiv(b * across, max(1, _PROGRAMS[size] // groups))
+    chunks = triton.cdiv(b * across, chunk)
+    grad_x = torch.empty_like(x)
     part = x.new_empty(chunks, (size * size + 1) * c, dtype=torch.float32)
     with torch.cuda.device_of(x):  # where Triton launches
-        weight_gradient_kernel[(chunks, groups, size)](
+        gradients_kernel[(chunks, groups)](
             x,
             grad,
+            taps,
+            grad_x,
             part,
-            b,
+            b * across,
             h,
             w,
-            c,
+            across,
             chunk,
-            EVEN=c % narrow == 0,
+            CHANNELS=c,
             K=size,
-            BLOCK_W=_BLOCK_W,
-            BLOCK_C=narrow,
+            COLUMNS=columns,
+            BLOCK_C=block,
             num_warps=1,
             num_stages=1,
         )
-    return grad_x, part.sum(0)
+    return grad_x, added_parts(part, dtype, taps=size * size)
 
 
 @depthwise_backward.register_fake
-def _(x: Tensor, taps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    size = taps.shape[1]
-    sums = x.new_empty((size * size + 1) * x.shape[3], dtype=torch.float32)
+def _(x: Tensor, taps: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((taps.shape[0] + 1) * x.shape[3], dtype=dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format), sums
+
+
+def _size(taps: Tensor) -> int:
+    return next(size for size in SIZES if size * size == taps.shape[0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -332,18 +361,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(x, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else the taps get a gradient of zeros
-    ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.shape = weight.shape
+    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor | None, None]:
     x, taps = ctx.saved_tensors
-    grad_x, sums = torch.ops.l2vit.depthwise_backward(x, taps, grad)
-    rounded = sums.to(ctx.weight_dtype)  # both at once: a launch less
-    weight, bias = rounded.split([ctx.weight_shape.numel(), x.shape[3]])
-    same = ctx.bias_dtype in (None, ctx.weight_dtype)
-    bias = bias if same else sums[-x.shape[3] :].to(ctx.bias_dtype)
-    return grad_x, weight.view(ctx.weight_shape), None if ctx.bias_dtype is None else bias, None
+    own, other = ctx.dtypes
+    dtype = own if other in (None, own) else torch.float32
+    grad_x, sums = torch.ops.l2vit.depthwise_backward(x, taps, grad, dtype)
+    weight, bias = sums.split([ctx.shape.numel(), x.shape[3]])
+    bias = None if other is None else bias.to(other)
+    return grad_x, weight.view(ctx.shape).to(own), bias, None
 
 
 depthwise.register_autograd(_backward, setup_context=_keep)

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from l2vit.models.ops import reference
+from l2vit.models.ops.triton_sums import added_parts
 
 _PROGRAMS = 1056  # eight on each multiprocessor of an H100
 _ELEMENTS = 2048  # of a block: 16 a thread
 _LARGEST = 4096  # channels
 _CHECKED = ((3, 5, 96), (4300, 384))  # a block a program; several in turn
-_PARTS = 64  # that the second step takes at a time
 
 
 @triton.jit
@@ -71,25 +71,6 @@ def layer_norm_gradient_kernel(
     tl.store(into + channels, tl.sum(grad_bias, 0), mask=exists)
 
 
-@triton.jit
-def add_parts_kernel(
-    part: tl.tensor,
-    summed: tl.tensor,
-    parts: tl.tensor,
-    width: tl.tensor,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Sums of the columns of ``part`` (parts, width), rounded. Grid (column blocks)."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((PARTS, BLOCK), tl.float32)
-    for first in range(0, parts, PARTS):
-        row = first + tl.arange(0, PARTS)
-        valid = (row < parts)[:, None] & (column < width)[None, :]
-        sums += tl.load(part + row[:, None] * width + column[None, :], mask=valid, other=0.0)
-    tl.store(summed + column, tl.sum(sums, 0).to(summed.dtype.element_ty), mask=column < width)
-
-
 @torch.library.custom_op("l2vit::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
     grad: Tensor,
@@ -117,7 +98,6 @@ def layer_norm_backward(
     programs = min(_PROGRAMS, triton.cdiv(rows, height))
     grad_x = torch.empty_like(x)
     part = x.new_empty(programs, 2 * channels, dtype=torch.float32)
-    total = weight.new_empty(2 * channels)
     with torch.cuda.device_of(x):  # where Triton launches
         layer_norm_gradient_kernel[(programs,)](
             grad,
@@ -134,10 +114,7 @@ def layer_norm_backward(
             BLOCK_M=height,
             BLOCK_C=width,
         )
-        add_parts_kernel[(triton.cdiv(2 * channels, 32),)](
-            part, total, programs, 2 * channels, PARTS=_PARTS, BLOCK=32
-        )
-    return grad_x, total
+    return grad_x, added_parts(part, weight.dtype)
 
 
 @layer_norm_backward.register_fake
