@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+_SMALL = 1 << 16
+"""Elements of tensors that are better averaged together, at the price of a copy."""
+
 
 class Ema:
     """Moving averages of a fixed list of fp32 tensors, updated once per optimizer step."""
@@ -31,6 +34,24 @@ class Ema:
         if self.averages:
             weight = 1 - self.decay_at(applied_steps)
             torch._foreach_lerp_(self.averages, self.sources, weight=weight)
+
+    @torch.no_grad()
+    def update_unless(self, skipped: torch.Tensor, applied_steps: torch.Tensor) -> None:
+        """Like ``update`` where ``skipped`` is 0, nothing where it is 1; scalars on the device."""
+        decay = torch.full_like(applied_steps, self.decay, dtype=torch.float64)
+        if self.warmup:
+            decay = torch.minimum(decay, (1 + applied_steps.double()) / (10 + applied_steps))
+        weight = ((1 - decay) * (1 - skipped)).float()
+        pairs = list(zip(self.averages, self.sources, strict=True))
+        for average, source in pairs:
+            if average.numel() > _SMALL:
+                average.lerp_(source, weight)
+        few = [pair for pair in pairs if pair[0].numel() <= _SMALL]
+        if few:
+            averages, sources = map(list, zip(*few, strict=True))
+            steps = torch._foreach_sub(sources, averages)
+            torch._foreach_mul_(steps, weight)
+            torch._foreach_add_(averages, steps)
 
     def decay_at(self, applied_steps: int) -> float:
         """The decay d after so many applied steps."""

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import io
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from l2vit.data.order import Split
 from l2vit.errors import ConfigError
 from l2vit.train import precision, zero
 from l2vit.train.config import EmaConfig, EngineConfig, OptimConfig
+from l2vit.train.deferred import defer
 from l2vit.train.distributed import World
 from l2vit.train.ema import Ema
 from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
@@ -38,10 +40,14 @@ _LARGEST_BUCKET = 500_000_000
 class StepOutcome:
     """What one optimizer step did."""
 
-    applied: bool
-    """False: some rank's loss or gradient was not finite, and no rank changed its weights."""
     grad_norm: torch.Tensor
-    """Scalar on the device: global L2 norm of the gradient before clipping; inf if not finite."""
+    """Scalar on the device: global L2 norm of the gradient before clipping; inf if some rank's
+    loss or gradient was not finite, and no rank changed its weights."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights changed; waits for the device."""
+        return math.isfinite(float(self.grad_norm))
 
 
 def deepspeed_config(
@@ -119,7 +125,7 @@ class Engine:
         )
         self._deepspeed = _initialize(model, engine, optim, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
-        use_foreach(self._zero)
+        self._deferred = defer(self._zero) if use_foreach(self._zero) else None
         self._flats = zero.flat_masters(self._zero)
         self._states = list(zero.moments(self._zero.optimizer, self._flats))
         self.zero_shards = zero.own_shards(self.module, self._zero, world.rank)
@@ -176,10 +182,12 @@ class Engine:
         self._deepspeed.step()
         applied = not self._zero.overflow
         self._applied_steps += applied
-        if applied and self.ema is not None:
+        if self.ema is not None and self._deferred is not None:
+            self.ema.update_unless(self._deferred.skipped, self._states[0]["step"])
+        elif self.ema is not None and applied:
             self.ema.update(self._applied_steps)
         norm = self._zero._global_grad_norm if applied else float("inf")
-        return StepOutcome(applied, _on_device(norm, self.world.device))
+        return StepOutcome(_on_device(norm, self.world.device))
 
     # -- state by name
 
@@ -226,8 +234,8 @@ class Engine:
 
     @property
     def applied_steps(self) -> int:
-        """Optimizer steps behind the moments (skipped ones do not count)."""
-        return self._applied_steps
+        """Optimizer steps behind the moments (skipped ones do not count); may wait for the step."""
+        return self._applied_steps if self._deferred is None else int(self._states[0]["step"])
 
     @applied_steps.setter
     def applied_steps(self, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,10 +52,13 @@ class StepResult:
     """Optimizer steps done with this one."""
     images_seen: int
     micro_batches: Sequence[MicroBatch]
-    applied: bool
-    """False: not finite, and no rank changed its weights."""
     world: World
     pending: PendingSum
+
+    @property
+    def applied(self) -> bool:
+        """False: not finite, and no rank changed its weights."""
+        return math.isfinite(self.figures.grad_norm)
 
     @cached_property
     def figures(self) -> StepFigures:

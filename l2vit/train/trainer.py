@@ -121,7 +121,8 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Forward and backward passes and the optimizer step of one global batch.
 
-        Outside DeepSpeed's own step nothing here waits for the device or for another rank.
+        Nothing here waits for the device or for another rank, but for DeepSpeed's own step in fp16
+        (which needs its loss scale), in fp32 and at ZeRO-3.
         """
         step = self.state.step
         self.clock.step = step + 1
@@ -141,9 +142,7 @@ class Trainer:
         self.state.step += 1
         self.state.images_seen += self.engine.split.global_batch
         images_seen = self.state.images_seen
-        return StepResult(
-            step + 1, images_seen, micro_batches, outcome.applied, self.world, pending
-        )
+        return StepResult(step + 1, images_seen, micro_batches, self.world, pending)
 
     def _micro_step(self, number: int) -> MicroBatch:
         """Forward and backward of one micro-batch; the last one's gradient awaits the step."""

@@ -14,6 +14,7 @@ STEPS = 20
 DECAY = 0.9
 CLASSES = 10
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KEPT = ("accumulation", "precision", "norm", "clip")  # by the plain loop; the rest is the engine's
 
 
 def rate(step):
@@ -96,7 +97,21 @@ def engine_loop(world, cases):
     return [run_case(world, **case) for case in cases]
 
 
-def run_case(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.0, **engine):
+def run_case(world, *, fused=False, **case):
+    plain = torch.optim.AdamW
+    if fused:  # as on GPUs, where a step is decided about on the device
+        torch.optim.AdamW = fused_adamw
+    try:
+        return run_engine(world, **case)
+    finally:
+        torch.optim.AdamW = plain
+
+
+def fused_adamw(*args, plain=torch.optim.AdamW, **options):
+    return plain(*args, **{**options, "fused": True})
+
+
+def run_engine(world, *, stage, accumulation, precision="bf16", norm=True, clip=0.0, **engine):
     from l2vit.data.order import split
     from l2vit.train.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig
     from l2vit.train.engine import Engine
@@ -197,10 +212,11 @@ def test_every_stage_and_accumulation_follows_the_plain_loop(world, tmp_path):
     # Clipping multiplies in another order; in bf16 such a last bit may turn a rounded weight.
     cases.append({"stage": stage, **fp32, "clip": 0.3})
     cases.append({"stage": 2, "accumulation": 2, "overlap": True, "bucket": 1000})
+    cases += [{"stage": stage, "accumulation": 2, "fused": True} for stage in (1, 2)]
     by_rank = Ranks(engine_loop, world, cases, directory=tmp_path).results()
     references = {}
     for case, result in zip(cases, by_rank[0], strict=True):
-        options = {k: v for k, v in case.items() if k not in ("stage", "overlap", "bucket")}
+        options = {k: v for k, v in case.items() if k in KEPT}
         key = tuple(sorted(options.items()))
         if key not in references:
             references[key] = plain_loop(world, **options)
