@@ -81,7 +81,7 @@ _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
     "gradients_kernel": _depthwise("gradients"),
     "context_kernel": _linear_attention(1, 0.8, qkv=2 * _THIRD),
     "out_kernel": _linear_attention(1, 0.65, dots=1, qkv=_THIRD),
-    "query_gradient_kernel": _linear_attention(3, 0.45, qkv=_THIRD, grad_qkv=_THIRD),
+    "query_gradient_kernel": _linear_attention(2, 0.65, qkv=_THIRD, grad_qkv=_THIRD),
     "key_value_gradient_kernel": _linear_attention(2, 0.8, qkv=2 * _THIRD, grad_qkv=2 * _THIRD),
     "window_attention_kernel": _window_attention(2),
     "window_gradient_kernel": _window_attention(5),

@@ -43,7 +43,7 @@ DIVISIBLE = [["tt.divisibility", 16]]  # as Triton finds pointers and multiples 
 CASES = [
     ("linear_attention", "context_kernel", {}),
     ("linear_attention", "out_kernel", {"HAS_SCALE": True}),
-    ("linear_attention", "query_gradient_kernel", {"HAS_SCALE": True}),
+    ("linear_attention", "query_gradient_kernel", {"HAS_SCALE": True, "BLOCK": 16}),
     ("linear_attention", "key_value_gradient_kernel", {}),
     ("window_attention", "window_attention_kernel", {"SIZE": 7}),
     ("window_attention", "window_gradient_kernel", {"SIZE": 7}),
@@ -84,7 +84,9 @@ def build(module, name, constants, kind, architecture, options=None):
         divisible[(kernel.arg_names.index("channels"),)] = DIVISIBLE
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     options = options or {}
-    if module == "window_attention" and kind == "fp32":
+    if name == "query_gradient_kernel":
+        options = loaded.query_options(torch.float32 if kind == "fp32" else torch.bfloat16)
+    elif module == "window_attention" and kind == "fp32":
         options = {"num_stages": 1}
     elif module == "depthwise":
         options = {"num_stages": 1, "num_warps": 1}
@@ -133,6 +135,18 @@ def test_instructions_of_the_layer_norms_gradient(block, rows, tmp_path, monkeyp
     assert found.spilled == 0 and found.registers <= 128  # four blocks a multiprocessor
     each = found.loops[-1] / (rows * block / 128)
     assert each == pytest.approx(kernel_costs.LAYER_NORM, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_occupancy_of_the_query_gradient(kind, tmp_path, monkeypatch):
+    """16 of an H100's 64 warps a multiprocessor: 65,536 registers, 227 KB of shared memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"HAS_SCALE": True, "BLOCK": 16}
+    built = build("linear_attention", "query_gradient_kernel", constants, kind, 90)
+    warps, shared = built.metadata.num_warps, built.metadata.shared + 1024
+    registers = machine_code(built, tmp_path).registers
+    assert 32 * -(-registers // 8) * 8 * 16 <= 65536
+    assert 16 // warps * shared <= 227 * 1024
 
 
 ONES = ("tokens", "heads", "blocks", "splits", "rows", "height", "width", "channels", "across")
