@@ -35,6 +35,10 @@ from l2vit.train.model import TrialLoss
 
 NAME = "kernels.json"
 _WHAT = "choice of kernels"
+_OTHER_CODE = (
+    "the code of the kernels has changed since this run last ran: it goes on with the same forms, "
+    "whose results may differ in the last bits"
+)
 _DEVICES = {"columns": ("cpu",), "triton": ("cuda",), "compiled": ("cuda",)}
 """Kinds of device that a form is for; the reference is for all."""
 _COMPILED = ("linear_attention", "window_attention")
@@ -61,6 +65,8 @@ class Kept:
     forms: dict[str, str] = field(default_factory=dict)
     compiled: bool | None = None
     """None: it says nothing."""
+    code: str | None = None
+    """Hash of the forms' code that the run last ran with."""
 
 
 def settle(
@@ -98,6 +104,8 @@ def settle(
         return engine.compile is True
     pinned = Path(wish) if wish not in ("auto", "timed") else None
     kept = _of_main(world, lambda: _read(pinned or directory / NAME, must_exist=bool(pinned)))
+    if pinned is None and kept.code not in (None, _code()):
+        _tell(world, f"{directory / NAME}: {_OTHER_CODE}")
     dtype = precision.DTYPES[engine.precision]
     forms = dict(kept.forms)
     if pinned is None:
@@ -112,7 +120,7 @@ def settle(
         )
         compiled = engine.zero_stage < 3 and _compiled_is_faster(timed, world)
     if world.main:
-        held = {"format": 1, "forms": forms, "compiled": compiled}
+        held = {"format": 1, "forms": forms, "compiled": compiled, "code": _code()}
         files.write_json(directory / NAME, held)
         whole = "compiled" if compiled else "not compiled"
         cli.tell(f"{summary(forms)}; network {whole}; kept in {directory / NAME}")
@@ -290,7 +298,12 @@ def _read(path: Path, *, must_exist: bool) -> Kept:
         if op not in ops.FORMS or form not in (*ops.FORMS[op], "compiled"):
             raise ConfigError(f"engine.kernels: {path}: {key}: there is no form {form!r}")
     compiled = held.get("compiled")
-    return Kept(forms, compiled if isinstance(compiled, bool) else None)
+    code = held.get("code")
+    return Kept(
+        forms,
+        compiled if isinstance(compiled, bool) else None,
+        code if isinstance(code, str) else None,
+    )
 
 
 def cache_file() -> Path:
@@ -325,10 +338,16 @@ def _keep_times(device: torch.device, times: dict[str, Times]) -> None:
 def _identity(device: torch.device) -> str:
     """What times depend on besides the call: the device, PyTorch and the code of the forms."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, torch {torch.__version__}, forms {_code()}"
+
+
+@functools.cache
+def _code() -> str:
+    """Changes with the code of the forms, and so whenever their sums may round otherwise."""
     code = hashlib.sha256()
     for path in sorted(Path(ops.__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
-    return f"{name}, torch {torch.__version__}, forms {code.hexdigest()[:12]}"
+    return code.hexdigest()[:12]
 
 
 # -- running a form by itself

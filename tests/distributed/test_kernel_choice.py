@@ -78,6 +78,19 @@ def test_the_fastest_form_is_taken_told_and_kept(tmp_path, alone, capsys):
     assert settle(first, alone, no_clock) == changed
 
 
+def test_a_run_whose_kernels_have_changed_goes_on_and_is_told(tmp_path, alone, capsys):
+    directory = run(tmp_path, "run")
+    settle(directory, alone)
+    settle(directory, alone, no_clock)
+    assert "has changed" not in capsys.readouterr().err
+    held = json.loads((directory / "kernels.json").read_text())
+    (directory / "kernels.json").write_text(json.dumps(held | {"code": "older"}))
+    assert settle(directory, alone, no_clock) == CHOSEN
+    assert "code of the kernels has changed" in capsys.readouterr().err
+    settle(directory, alone, no_clock)  # said once
+    assert "has changed" not in capsys.readouterr().err
+
+
 def test_a_damaged_cache_is_measured_anew(tmp_path, alone):
     kernels.cache_file().parent.mkdir(parents=True)
     for content in ("{", "[]", '{"format": 1}'):
