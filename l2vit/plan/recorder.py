@@ -73,7 +73,7 @@ class Recorder(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.follow(*outputs)
-        if self._counting and not (_is_view(func) or _only_a_view(inputs, outputs)):
+        if self._counting and not (_is_view(func) or _only_a_view(func, inputs, outputs)):
             self._note(func, args, kwargs, result, [*inputs, *outputs])
         return result
 
@@ -196,8 +196,10 @@ def _is_view(func: Any) -> bool:
     return func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view
 
 
-def _only_a_view(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def _only_a_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Reshapes that needed no copy: another shape of the same storage, nothing written."""
+    if func._schema.is_mutable or func.namespace != "aten":
+        return False  # works in place, on what may be a view
     own = {tensor.untyped_storage()._cdata for tensor in inputs}
     return bool(outputs) and all(
         tensor._is_view() and tensor.untyped_storage()._cdata in own for tensor in outputs

@@ -174,11 +174,14 @@ class EngineConfig:
     channels_last: bool = True
     """Keep images in the memory layout NHWC. Weights lie in ZeRO's flat tensors as they are."""
     bucket: CountOrZero = 0
-    """Elements of the gradient that ZeRO-2 and 3 sum over the ranks at once; 0: all, up to 500 M.
-    With ``overlap`` several must fit into the model: 25_000_000, say."""
+    """Elements of the gradient that are summed over the ranks at once. ZeRO-2 and 3: 0 for all, up
+    to 500 M; with ``overlap`` several must fit into the model: 25_000_000, say. ZeRO-1 in bf16 has
+    buckets with ``overlap`` only: 0 for 25 M."""
     overlap: bool = False
-    """ZeRO-2 and 3: sum full buckets while the backward pass goes on. DeepSpeed then waits for the
-    device at the end of each backward pass. ZeRO-1 sums once a step, after the last one."""
+    """Sum full buckets while the backward pass goes on. At ZeRO-2 and 3 DeepSpeed then waits for
+    the device at the end of each backward pass; at ZeRO-1 in bf16 nothing waits, and only the
+    step's last backward pass sums. A compiled model gives all gradients at its end, which leaves
+    nothing to overlap."""
     tf32: bool = False
     """fp32 runs on a GPU: let products and convolutions round their inputs to TF32."""
 

@@ -29,8 +29,9 @@ from l2vit.train.distributed import World
 from l2vit.train.ema import Ema
 from l2vit.train.param_groups import optimizer_groups, param_groups, set_rates
 from l2vit.train.precision import DTYPES
+from l2vit.train.reduction import Reduction
 from l2vit.train.zero import MOMENTS, Reader, ZeroShard
-from l2vit.train.zero_foreach import use_foreach
+from l2vit.train.zero_foreach import Gradients, use_foreach
 
 _NEVER = 1 << 62
 _LARGEST_BUCKET = 500_000_000
@@ -125,7 +126,13 @@ class Engine:
         )
         self._deepspeed = _initialize(model, engine, optim, split, self.groups, world)
         self._zero = self._deepspeed.optimizer
-        self._deferred = defer(self._zero) if use_foreach(self._zero) else None
+        held = use_foreach(self._zero)
+        self._deferred = defer(self._zero) if held else None
+        self._reduction: Reduction | None = None
+        if isinstance(held, Gradients):
+            self._reduction = Reduction(
+                self._deepspeed, held, bucket=engine.bucket, overlap=engine.overlap
+            )
         self._flats = zero.flat_masters(self._zero)
         self._states = list(zero.moments(self._zero.optimizer, self._flats))
         self.zero_shards = zero.own_shards(self.module, self._zero, world.rank)
@@ -293,6 +300,8 @@ class Engine:
         """Release DeepSpeed's hooks, and its own process group, lest a later run here takes it."""
         from deepspeed.utils import groups
 
+        if self._reduction is not None:
+            self._reduction.close()
         self._deepspeed.destroy()
         vars(groups)["_WORLD_GROUP"] = None
 

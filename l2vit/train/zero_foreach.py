@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Place = tuple[int, int]
+"""Of a weight: its group and its number there."""
 _NEEDED_1 = (
     "bf16_groups",
     "fp32_groups_gradients",
@@ -41,35 +43,35 @@ _NEEDED_2 = (
 )
 
 
-def use_foreach(optimizer: Any) -> bool:
+def use_foreach(optimizer: Any) -> Gradients | Partition | None:
     """Make DeepSpeed's optimizer of ZeRO-1 (``BF16_Optimizer``) or ZeRO-2 (and ZeRO-1 in fp32 and
-    fp16; ``DeepSpeedZeroOptimizer``) work so; False, and nothing done, for any other."""
+    fp16; ``DeepSpeedZeroOptimizer``) work so; None, and nothing done, for any other."""
     name = type(optimizer).__name__
     if name == "BF16_Optimizer" and _has(optimizer, _NEEDED_1):
         if optimizer.immediate_grad_update:
-            return False
-        gradients = _Gradients(optimizer)
+            return None
+        gradients = Gradients(optimizer)
         optimizer.update_hp_grads = gradients.accumulate
         optimizer.get_grads_for_norm = gradients.flat
-        return True
+        return gradients
     if name == "DeepSpeedZeroOptimizer" and _has(optimizer, _NEEDED_2):
         if optimizer.cpu_offload:
-            return False
-        partition = _Partition(optimizer)
+            return None
+        partition = Partition(optimizer)
         optimizer._add_full_reduction_to_compact_grad_partition = partition.add
         optimizer.has_overflow_partitioned_grads_serial = partition.not_finite
         optimizer.scaled_global_norm = partition.norm
         # Weights are views of the flat tensor that ranks gather: nothing is left to be set.
         optimizer._update_model_bit16_weights = lambda group: None
-        return True
-    return False
+        return partition
+    return None
 
 
 def _has(optimizer: Any, names: tuple[str, ...]) -> bool:
     return not optimizer.has_moe_layers and all(hasattr(optimizer, name) for name in names)
 
 
-class _Partition:
+class Partition:
     """This rank's part of the gradients at ZeRO-2."""
 
     def __init__(self, optimizer: Any) -> None:
@@ -126,57 +128,54 @@ class _Partition:
         return found
 
 
-class _Gradients:
-    """The gradients of one optimizer: as the backward pass made them, and in fp32."""
+class Gradients:
+    """The gradients of ZeRO-1's optimizer: as the backward pass made them, and in fp32."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        groups = optimizer.bf16_groups
+        self.weights = {
+            (group, number): weight
+            for group, weights in enumerate(groups)
+            for number, weight in enumerate(weights)
+        }
+        self._added: set[Place] = set()
+        """Weights whose fresh gradient is in the fp32 one already."""
 
-    @torch.no_grad()
     def accumulate(self, clear_lp_grads: bool = False) -> None:
         """Add the fresh gradients to the fp32 ones, which a step leaves at zero."""
-        made, first, more = [], ([], []), ([], [])  # type: ignore[var-annotated]
-        for weight, wide, seen in self._weights():
+        self.add([place for place in self.weights if place not in self._added])
+        self._added.clear()
+        made = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        if clear_lp_grads and made:
+            torch._foreach_zero_(made)
+
+    @torch.no_grad()
+    def add(self, places: list[Place]) -> None:
+        """Do so for some weights, which ``accumulate`` then leaves out."""
+        first, more = ([], []), ([], [])  # type: ignore[var-annotated]
+        seen = self._optimizer.fp32_groups_has_gradients
+        for group, number in places:
+            weight = self.weights[group, number]
             if weight.grad is None:
                 continue
-            made.append(weight.grad)
-            fresh, sums = more if seen else first
+            wide = self._optimizer.fp32_groups_gradients[group][number]
+            fresh, sums = more if seen[group][number] else first
             fresh.append(weight.grad.reshape(wide.shape))
             sums.append(wide)
             weight._hp_grad = wide
+            seen[group][number] = True
         _copy(*first)
         if more[0]:
             cast = _like(more[1])
             _copy(more[0], cast)
             torch._foreach_add_(more[1], cast)
-        if clear_lp_grads and made:
-            torch._foreach_zero_(made)
-        self._mark()
+        self._added.update(places)
 
     def flat(self, for_clipping: bool = False) -> Any:
         """The fp32 gradients of all weights, padded with zeros, in as few tensors as there are."""
         found = list(self._optimizer.fp32_groups_gradients_flat)
         return found if for_clipping else (found, {})
-
-    def _weights(self) -> list[tuple[Any, Tensor, bool]]:
-        """Each weight, its fp32 gradient, and whether that holds an earlier micro-batch's."""
-        held = self._optimizer
-        return [
-            one
-            for group, wide, seen in zip(
-                held.bf16_groups,
-                held.fp32_groups_gradients,
-                held.fp32_groups_has_gradients,
-                strict=True,
-            )
-            for one in zip(group, wide, seen, strict=True)
-        ]
-
-    def _mark(self) -> None:
-        held = self._optimizer
-        for group, seen in zip(held.bf16_groups, held.fp32_groups_has_gradients, strict=True):
-            for place, weight in enumerate(group):
-                seen[place] = seen[place] or weight.grad is not None
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:

@@ -213,6 +213,7 @@ def test_every_stage_and_accumulation_follows_the_plain_loop(world, tmp_path):
     cases.append({"stage": stage, **fp32, "clip": 0.3})
     cases.append({"stage": 2, "accumulation": 2, "overlap": True, "bucket": 1000})
     cases += [{"stage": stage, "accumulation": 2, "fused": True} for stage in (1, 2)]
+    cases += [{"stage": 1, "accumulation": a, "overlap": True, "bucket": 500} for a in (1, 2)]
     by_rank = Ranks(engine_loop, world, cases, directory=tmp_path).results()
     references = {}
     for case, result in zip(cases, by_rank[0], strict=True):
