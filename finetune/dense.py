@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ from l2vit.train.segmentation import make_network as make_segmentor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _PROVEN_ON = 2
-
-
-def add_model(to: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
-    """Add the options that name a model, its weights and a device to the subcommand ``run``."""
-    to.set_defaults(run=run)
-    to.add_argument("--model", type=Path, required=True, help="a run, checkpoint or export")
-    to.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    to.add_argument("--device", default="", help="default: the GPU where there is one")
 
 
 def settings_of(source: DenseWeights) -> Any:

@@ -66,6 +66,8 @@ LIGHT = {
     "finetune export": ["-m", "finetune", "export", "--help"],
     "finetune look": ["-m", "finetune", "look", "--help"],
     "finetune train": ["-m", "finetune", "train", "--help"],
+    "finetune detect": ["-m", "finetune", "detect", "--help"],
+    "finetune segment": ["-m", "finetune.segment", "--help"],
     "launch": ["-m", "l2vit.launch", "launch/pretrain.sh", "--help"],
 }
 

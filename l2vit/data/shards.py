@@ -237,16 +237,17 @@ class ShardReader:
         text = data[label_at - start : label_at - start + label_size]
         if index.checksums is not None:
             self._check_sum(index.checksums, number, image, text)
-            self._check_contract(text, f"{self._directory / self._names[shard]} sample {number}")
+            self._check_contract(text, shard, number)
         else:
             check_frame(image)
         return Sample(sample_id, image, parse_label(text, self._classes))
 
-    def _check_contract(self, text: bytes, where: str) -> None:
+    def _check_contract(self, text: bytes, shard: int, number: int) -> None:
         """An undamaged label no class answers to is no bad sample: shards and manifest differ."""
         if text.isdigit() and int(text) >= self._classes:
+            where = self._directory / self._names[shard]
             raise UserError(
-                f"{where}: label {int(text)} is out of range for the {self._classes} classes of"
+                f"{where} sample {number}: label {int(text)} is out of range for the {self._classes} classes of"
                 f" {self._directory / MANIFEST_NAME}: they are of different builds; build anew"
             )
 

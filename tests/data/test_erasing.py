@@ -49,6 +49,15 @@ def test_every_value_is_the_formulas_and_the_rest_is_left():
             assert image[row, column] == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
+def test_tensor_operations_draw_the_same():
+    """As on a GPU where the kernels are not used: all pixels of all boxes at once."""
+    which, rows, columns = erasing._pixels_of(BOXES, torch.device("cpu"))
+    words = torch.from_numpy(erasing.words_of(KEYS))[:, which]
+    images = torch.full((len(BOXES), SIDE, SIDE, 3), 9.0)
+    erasing.fill(images, BOXES, erasing.noise(rows * SIDE + columns, *words))
+    np.testing.assert_array_equal(images.numpy(), erased())
+
+
 def test_a_picture_gets_the_same_wherever_it_stands():
     together = erased()
     for place in range(len(KEYS)):
