@@ -245,9 +245,9 @@ class ShardReader:
     def _check_contract(self, text: bytes, shard: int, number: int) -> None:
         """An undamaged label no class answers to is no bad sample: shards and manifest differ."""
         if text.isdigit() and int(text) >= self._classes:
-            where = self._directory / self._names[shard]
+            where = f"{self._directory / self._names[shard]} sample {number}"
             raise UserError(
-                f"{where} sample {number}: label {int(text)} is out of range for the {self._classes} classes of"
+                f"{where}: label {int(text)} is out of range for the {self._classes} classes of"
                 f" {self._directory / MANIFEST_NAME}: they are of different builds; build anew"
             )
 
