@@ -151,6 +151,12 @@ def test_depthwise_with_a_residual(dtype):
     )
 
 
+def test_the_check_on_a_device(monkeypatch):
+    """It lets the kernels through; else none would run anywhere."""
+    monkeypatch.setattr(depthwise_kernels, "SIZES", (3,))
+    gpu.require_close(*depthwise_kernels.check(torch.device("cpu"), torch.float32), torch.float32)
+
+
 def test_a_position_encoding_in_one_pass_unless_its_convolution_is_watched(on_cpu, monkeypatch):
     monkeypatch.setattr(gpu, "_verdicts", {("depthwise", 0): True})
     torch.manual_seed(0)
