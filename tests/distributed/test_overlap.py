@@ -5,32 +5,32 @@ import torch
 import torch.distributed as dist
 from forked_ranks import Ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Net(nn.Module):
     """Six layers, one of them without part in the output, one used twice."""
 
-    def __init__(self):
+    def __init__(self, reentrant=False):
         super().__init__()
+        self.reentrant = reentrant
         self.unused = nn.Linear(16, 16)
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
 
     def forward(self, x):
         for layer in [*self.layers, self.layers[2]]:
-            x = torch.tanh(layer(x))
+            again = self.reentrant and layer is self.layers[2]
+            x = torch.tanh(checkpoint(layer, x, use_reentrant=True) if again else layer(x))
         return x
 
 
-def train(world, *, accumulation, **options):
-    """(state, the order of events in the second step) of three steps."""
+def engine_of(net, world, accumulation, **options):
     from l2vit.data.order import split
     from l2vit.train.config import EmaConfig, EngineConfig, OptimConfig
     from l2vit.train.engine import Engine
 
-    torch.manual_seed(0)
-    events = []
     engine = Engine(
-        Net(),
+        net,
         EngineConfig(channels_last=False, **options),
         OptimConfig(clip_grad=0.5),
         EmaConfig(),
@@ -38,6 +38,14 @@ def train(world, *, accumulation, **options):
         split=split(8 * accumulation, world=world.size, micro_batch=4),
     )
     engine.prepare = lambda x: x.to(engine.dtype)
+    return engine
+
+
+def train(world, *, accumulation, **options):
+    """(state, the order of events in the last step's passes) of three steps."""
+    torch.manual_seed(0)
+    events = []
+    engine = engine_of(Net(), world, accumulation, **options)
     for number in (0, 5):
         weight = engine.module.layers[number].weight
         weight.register_post_accumulate_grad_hook(lambda _, n=number: events.append(n))
@@ -63,14 +71,26 @@ def train(world, *, accumulation, **options):
     return state, during
 
 
+def gradients_in_parts(world):
+    """What is said where a weight's gradient comes in two parts, as no bucket can know."""
+    engine = engine_of(Net(reentrant=True), world, 1, overlap=True, bucket=200)
+    try:
+        with pytest.raises(RuntimeError) as error:
+            engine.backward(engine.forward(torch.randn(4, 16)).square().mean())
+    finally:
+        engine.close()
+    return str(error.value)
+
+
 def both(world):
-    return {
+    found = {
         accumulation: [
             train(world, accumulation=accumulation, overlap=overlap, bucket=300)
             for overlap in (True, False)
         ]
         for accumulation in (1, 3)
     }
+    return found | {"in parts": gradients_in_parts(world)}
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +110,8 @@ def test_the_same_bits_and_sums_during_the_last_backward_pass_only(runs, accumul
         assert last.index("sum") < last.index(0)
         assert last.count("sum") >= 4
         assert plain_events == [*first_passes, 5, 0, "sum", "sum"]
+
+
+def test_a_gradient_in_parts_is_refused(runs):
+    for found in runs:
+        assert "set engine.overlap=false" in found["in parts"]

@@ -78,6 +78,8 @@ def test_in_place_counts_its_tensor_once():
     x, y = meta(100), meta(100)
     found = recorded(lambda: x.add_(y))
     assert [op.bytes for op in found.operations] == [400]
+    found = recorded(lambda: x[:50].mul_(2))  # what works on a view is no view
+    assert [op.bytes for op in found.operations] == [100]
 
 
 def test_convolutions_and_batch_norm_keep_channels_last():
