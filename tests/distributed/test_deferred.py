@@ -1,5 +1,6 @@
 """A step's figures are read one step later, and nothing comes of it but time."""
 
+import functools
 import os
 
 import pytest
@@ -14,9 +15,12 @@ from l2vit.train.checkpoint import Reader
 SELDOM = {"checkpoint__every": "8 steps", "eval__every": "8 steps"}
 
 
-def train_with_accidents(path, spikes, poisoned):
+def train_with_accidents(path, spikes, poisoned, fused):
     """Logits scaled up at some forward passes of all ranks, not finite at some of rank 1."""
     from l2vit.train.engine import Engine
+
+    if fused:  # as on GPUs, where the device decides about a step
+        torch.optim.AdamW = functools.partial(torch.optim.AdamW, fused=True)
 
     forward, count = Engine.forward, 0
 
@@ -39,17 +43,18 @@ def everything(run):
 
 
 @pytest.mark.parametrize(
-    ("spikes", "poisoned", "micro_batch"),
+    ("spikes", "poisoned", "micro_batch", "fused"),
     [
-        ((), (), 8),
-        ((), (11, 12, 16), 4),
-        ((27,), (), 4),
-        ((24,), (), 8),  # a save is due: read at once
-        ((27, 30), (28,), 8),
+        ((), (), 8, False),
+        ((), (11, 12, 16), 4, False),
+        ((), (11, 12, 16), 4, True),
+        ((27,), (), 4, False),
+        ((24,), (), 8, False),  # a save is due: read at once
+        ((27, 30), (28,), 8, True),
     ],
-    ids=["none", "skipped", "spike", "spike before a save", "spikes and more"],
+    ids=["none", "skipped", "on the device", "spike", "spike before a save", "spikes and more"],
 )
-def test_reading_later_changes_nothing(spikes, poisoned, micro_batch, shards, tmp_path):
+def test_reading_later_changes_nothing(spikes, poisoned, micro_batch, fused, shards, tmp_path):
     """Against a run that reads every step at once since it logs every step."""
     found = []
     turns = 8 // micro_batch
@@ -66,6 +71,7 @@ def test_reading_later_changes_nothing(spikes, poisoned, micro_batch, shards, tm
             log__every=every,
         )
         calls = [passes(steps, spikes, turns, every) for steps in (spikes, poisoned)]
+        calls.append(fused)
         ranks = Ranks(train_with_accidents, 2, path, *calls, directory=tmp_path, raw=True)
         assert ranks.wait() == [0, 0], ranks.log(0)[-3000:]
         assert ranks.log(0).count("is a spike") == len(spikes)
