@@ -24,9 +24,9 @@ STAGES = (1, 2, 3)
 COLLECTIVE_US = 20.0
 """Time of one collective operation between two nodes before the first byte; times log2(ranks)."""
 
-ENGINE_CALLS, ACCUMULATE_CALLS = 43, 5
+ENGINE_CALLS, ACCUMULATE_CALLS = 39, 20
 """Operators of DeepSpeed in a step, and for each further micro-batch (``benchmarks/ledger.py``)."""
-ENGINE_BYTES, ACCUMULATE_BYTES, OPTIMIZER_BYTES = 28.0, 14.0, 16.0
+ENGINE_BYTES, ACCUMULATE_BYTES, OPTIMIZER_BYTES = 20.0, 14.0, 16.0
 """A weight: of each step, of each further micro-batch, and of the optimizer, which ranks share."""
 
 

@@ -71,7 +71,6 @@ class _Whole(DeferredStep):
         held.optimizer.step()
         held._lazy_init_hp_params_optimizer_state()
         held.update_lp_params()
-        held.clear_hp_grads()
 
 
 class _Partitioned(DeferredStep):

@@ -95,6 +95,7 @@ class Reduction:
 
     @torch.no_grad()
     def _begin(self, bucket: _Bucket) -> None:
+        self._gradients.settle(bucket.places)
         ranks = dist.get_world_size(bucket.group)
         if ranks > 1:
             bucket.sums.mul_(1 / ranks)

@@ -7,6 +7,7 @@ operators and through the flat buffers that hold the gradients anyway.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ Place = tuple[int, int]
 """Of a weight: its group and its number there."""
 _NEEDED_1 = (
     "bf16_groups",
+    "clear_hp_grads",
+    "clear_lp_grads",
     "fp32_groups_gradients",
     "fp32_groups_gradients_flat",
     "fp32_groups_has_gradients",
@@ -53,6 +56,9 @@ def use_foreach(optimizer: Any) -> Gradients | Partition | None:
         gradients = Gradients(optimizer)
         optimizer.update_hp_grads = gradients.accumulate
         optimizer.get_grads_for_norm = gradients.flat
+        optimizer.clear_hp_grads = gradients.forget
+        # A weight's gradient is then kept as the backward pass makes it, not added to zeros.
+        optimizer.backward_prologue = partial(optimizer.clear_lp_grads, set_to_none=True)
         return gradients
     if name == "DeepSpeedZeroOptimizer" and _has(optimizer, _NEEDED_2):
         if optimizer.cpu_offload:
@@ -143,7 +149,7 @@ class Gradients:
         """Weights whose fresh gradient is in the fp32 one already."""
 
     def accumulate(self, clear_lp_grads: bool = False) -> None:
-        """Add the fresh gradients to the fp32 ones, which a step leaves at zero."""
+        """Add the fresh gradients to the fp32 ones; the first after a step takes their place."""
         self.add([place for place in self.weights if place not in self._added])
         self._added.clear()
         made = [weight.grad for weight in self.weights.values() if weight.grad is not None]
@@ -171,6 +177,23 @@ class Gradients:
             _copy(more[0], cast)
             torch._foreach_add_(more[1], cast)
         self._added.update(places)
+
+    @torch.no_grad()
+    def settle(self, places: list[Place]) -> None:
+        """Of weights that got no gradient since the last step, make the fp32 one zero."""
+        held = self._optimizer
+        absent = [
+            held.fp32_groups_gradients[group][number]
+            for group, number in places
+            if not held.fp32_groups_has_gradients[group][number]
+        ]
+        if absent:
+            torch._foreach_zero_(absent)
+
+    def forget(self) -> None:
+        """Begin a step's gradients anew; nothing is written until they come, or ``settle``."""
+        for seen in self._optimizer.fp32_groups_has_gradients:
+            seen[:] = [False] * len(seen)
 
     def flat(self, for_clipping: bool = False) -> Any:
         """The fp32 gradients of all weights, padded with zeros, in as few tensors as there are."""

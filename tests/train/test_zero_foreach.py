@@ -30,6 +30,10 @@ class BF16_Optimizer:
 
     def update_hp_grads(self, clear_lp_grads=False): ...
 
+    def clear_hp_grads(self): ...
+
+    def clear_lp_grads(self, set_to_none=False): ...
+
 
 @pytest.mark.parametrize("absent", [None, 0, 2])
 @pytest.mark.parametrize("clear", [False, True])
@@ -59,6 +63,24 @@ def test_sums_of_three_micro_batches(absent, clear):
     for flat in optimizer.get_grads_for_norm(for_clipping=True):
         flat.mul_(0.5)
     assert torch.equal(torch.cat([g.flatten() for g in wide]), 0.5 * torch.cat(expected))
+
+
+def test_what_a_step_leaves_behind_does_not_count():
+    """Not even where a weight has no gradient in the next one."""
+    optimizer = BF16_Optimizer()
+    gradients = use_foreach(optimizer)
+    weights = [p for group in optimizer.bf16_groups for p in group]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, float("nan"))
+    optimizer.update_hp_grads()
+    optimizer.clear_hp_grads()
+    weights[1].grad = None
+    for weight in (weights[0], weights[2]):
+        weight.grad = torch.ones_like(weight)
+    optimizer.update_hp_grads()
+    gradients.settle(list(gradients.weights))
+    wide = [g for group in optimizer.fp32_groups_gradients for g in group]
+    assert [g.unique().tolist() for g in wide] == [[1.0], [0.0], [1.0]]
 
 
 def test_other_optimizers_are_left_alone():
