@@ -40,7 +40,6 @@ from l2vit.data.config import DataConfig
 from l2vit.data.loader import open_reader
 from l2vit.data.manifest import Manifest
 from l2vit.data.order import SampleOrder, Share, Split
-from l2vit.data.shard_cache import AHEAD_BATCHES
 
 BATCH, CHUNK, SHARDS = 128, 256, 16
 
@@ -52,6 +51,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a short answer after its head waits 40 ms
 
     def __init__(self, *given: object, count: Synchronized, delay: float, directory: str) -> None:
         self.count, self.delay = count, delay
@@ -134,11 +134,12 @@ def read_ours(address: str, cache: Path, gib: float) -> Iterator[int]:
     manifest = Manifest.of_training(data)
     shards = [shard.samples for shard in manifest.shards]
     order = SampleOrder(manifest.hash, shards, seed=0, chunk=CHUNK, global_batch=BATCH)
-    planner = TrainPlanner(order, Share(0, Split(BATCH, 1, 1)), 0)
-    reader = open_reader(data, address, manifest)
+    split = Split(BATCH, 1, 1)
+    planner = TrainPlanner(order, Share(0, split), 0)
+    reader = open_reader(data, address, manifest, split)
     announced = 0
     for number in range(order.steps_per_epoch):
-        for later in range(announced, min(number + AHEAD_BATCHES, order.steps_per_epoch)):
+        for later in range(announced, min(number + reader.ahead + 1, order.steps_per_epoch)):
             reader.announce(planner.plan(later).ids)
             announced = later + 1
         for sample in planner.plan(number).ids.tolist():

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from l2vit.errors import UserError
@@ -44,34 +44,63 @@ class RangeCache:
             raise UserError(f"data.cache_dir: cannot write to {root}: {error.strerror}") from None
 
     def read(
-        self, name: str, fetch: Callable[[], bytes], start: int = 0, size: int | None = None
+        self,
+        name: str,
+        fetch: Callable[[], bytes],
+        start: int = 0,
+        size: int | None = None,
+        *,
+        last: bool = False,
+        sync: bool = True,
     ) -> bytes:
-        """Bytes of the range ``name``, which is fetched if it is not there."""
+        """Bytes of the range ``name``, which is fetched if it is not there.
+
+        Args:
+            name: of the range.
+            fetch: gets the whole of it.
+            start: first byte wanted.
+            size: bytes wanted; None for all from there on.
+            last: it is not needed again soon, and may be evicted before all others.
+            sync: write it to the disk before it has its name. Needless where whoever reads it
+                would see what a power cut leaves.
+        """
         with contextlib.suppress(FileNotFoundError):
-            return self._read(name, start, size)
+            return self._read(name, start, size, last=last)
         with self._lock(name):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                return self._read(name, start, size)
+                return self._read(name, start, size, last=last)
             content = fetch()
-            self._store(name, content)
+            self._store(name, content, sync=sync)
         return content[start:] if size is None else content[start : start + size]
 
-    def ensure(self, name: str, fetch: Callable[[], bytes]) -> None:
-        """Fetch ``name`` if it is neither there nor being fetched by another process."""
-        if (self.root / name).exists():
-            return
-        with self._lock(name, wait=False) as mine:
-            if mine and not (self.root / name).exists():
-                self._store(name, fetch())
+    def add_missing(
+        self,
+        names: Sequence[str],
+        fetch: Callable[[list[str]], Iterator[tuple[str, bytes]]],
+        *,
+        sync: bool = True,
+    ) -> None:
+        """Fetch together those of ``names`` that are neither there nor being fetched elsewhere."""
+        with contextlib.ExitStack() as locks:
+            missing = []
+            for name in names:
+                if (self.root / name).exists():
+                    continue
+                mine = locks.enter_context(self._lock(name, wait=False))
+                if mine and not (self.root / name).exists():
+                    missing.append(name)
+            if missing:
+                for name, content in fetch(missing):
+                    self._store(name, content, sync=sync)
 
     def drop(self, name: str) -> None:
         """Forget a range that turned out damaged."""
         (self.root / name).unlink(missing_ok=True)
 
-    def _read(self, name: str, start: int, size: int | None) -> bytes:
+    def _read(self, name: str, start: int, size: int | None, *, last: bool) -> bytes:
         descriptor = os.open(self.root / name, os.O_RDONLY)
         try:
-            os.utime(descriptor)  # the time of last use
+            os.utime(descriptor, (0, 0) if last else None)  # the time of last use
             if size is None:
                 size = os.fstat(descriptor).st_size - start
             return os.pread(descriptor, size, start)
@@ -93,14 +122,14 @@ class RangeCache:
         finally:
             os.close(descriptor)
 
-    def _store(self, name: str, content: bytes) -> None:
+    def _store(self, name: str, content: bytes, *, sync: bool) -> None:
         """Make room for ``content`` and write it; one process at a time, so the limit holds."""
         with self._lock(_SIZE):
             held = self._held()
             if held + len(content) > self.limit:
                 held = self._evict(int(EVICT_TO * self.limit) - len(content))
             try:
-                self._write(name, content)
+                self._write(name, content, sync=sync)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -110,14 +139,14 @@ class RangeCache:
 
     def _write_or_tell(self, name: str, content: bytes) -> None:
         try:
-            self._write(name, content)
+            self._write(name, content, sync=True)
         except OSError:
             raise UserError(
                 f"data.cache_dir: no space left for {len(content):,} bytes in {self.root};"
                 " lower data.cache_gib or make room"
             ) from None
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes, *, sync: bool) -> None:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}{_UNFINISHED}{os.getpid()}-{threading.get_ident()}")
@@ -125,7 +154,8 @@ class RangeCache:
             with part.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(stream.fileno())  # else a power cut may leave an empty file of that name
+                if sync:  # else a power cut may leave an empty file of that name
+                    os.fsync(stream.fileno())
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)

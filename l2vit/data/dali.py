@@ -22,7 +22,6 @@ from l2vit.data.augment import NO_OP, AugmentParams, AugmentSampler, fill_colour
 from l2vit.data.bad_samples import BadSampleLog, NoBadSamples
 from l2vit.data.batch import DecodedBatch, EvalPlanner, TrainPlanner, read_batch
 from l2vit.data.config import AugmentConfig
-from l2vit.data.shard_cache import AHEAD_BATCHES
 from l2vit.data.shards import BadSample, Sample, ShardReader, image_size
 from l2vit.errors import UserError
 
@@ -73,7 +72,7 @@ class TrainSource:
     def __call__(
         self, number: int, *, check: Callable[[Sample], None]
     ) -> tuple[DecodedBatch, GraphInputs, AugmentParams | None]:
-        ahead = AHEAD_BATCHES if self.reader.is_cached else self.ahead
+        ahead = self.reader.ahead or self.ahead
         first = number + ahead if number else 1
         for upcoming in range(first, number + ahead + 1):
             self.reader.announce(self.planner.plan(upcoming).ids)

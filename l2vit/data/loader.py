@@ -88,7 +88,7 @@ def train_loader(
     planner = TrainPlanner(order, Share(rank, split), images_seen)
     planner.plan(0)  # refuse an impossible images_seen here, not in a worker
     sampler = AugmentSampler(augment, input_size=data.input_size, seed=seed, draws=draws)
-    reader = open_reader(data, where, manifest)
+    reader = open_reader(data, where, manifest, split)
     if rank == 0:
         warn_of_small_cache(data, manifest, split)
     log = BadSampleLog(bad_samples_log, rank=rank, limit=data.max_bad_samples, directory=where)
@@ -108,13 +108,17 @@ def train_loader(
     return TrainLoader(batches, normalizer, log, order=order, device=device)
 
 
-def open_reader(data: DataConfig, where: Path | str, manifest: Manifest) -> ShardReader:
+def open_reader(
+    data: DataConfig, where: Path | str, manifest: Manifest, split: Split | None = None
+) -> ShardReader:
     """Samples of the shards at ``where``, through ``data.cache_dir`` where it is set.
+
+    ``split``: of the batches they are trained in; None where they are read once, in turn.
 
     Raises:
         ConfigError: an address without ``data.cache_dir``.
     """
-    return ShardReader(where, manifest, shard_cache(data, where, manifest))
+    return ShardReader(where, manifest, shard_cache(data, where, manifest, split))
 
 
 def _stream_set(

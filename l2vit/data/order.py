@@ -65,6 +65,11 @@ def locate(images_seen: int, global_batch: int, steps_per_epoch: int) -> tuple[i
     return epoch, step * global_batch
 
 
+def order_chunk(chunk: int, samples: int, global_batch: int) -> int:
+    """Samples that an order reads in a run: ``chunk``, or fewer; see ``MIN_CHUNKS_PER_LANE``."""
+    return max(1, min(chunk, samples // (MIN_CHUNKS_PER_LANE * global_batch)))
+
+
 class SampleOrder:
     """The one global order of a run.
 
@@ -102,8 +107,7 @@ class SampleOrder:
             raise ConfigError(
                 f"global_batch: {global_batch} is more than the {self.samples} samples to train on"
             )
-        most = self.samples // (MIN_CHUNKS_PER_LANE * global_batch)
-        self.chunk = max(1, min(chunk, most))
+        self.chunk = order_chunk(chunk, self.samples, global_batch)
         self._key_parts = (manifest_hash, seed)
         self._plans: dict[int, _EpochPlan] = {}
 

@@ -19,7 +19,6 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 
 from l2vit.data.augment import NO_OP, OPS, AugmentSampler, fill_colour
 from l2vit.data.batch import DecodedBatch, EvalPlanner, TrainPlanner, read_batch
-from l2vit.data.shard_cache import AHEAD_BATCHES
 from l2vit.data.shards import JPEG_START, BadSample, ShardReader
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -39,8 +38,8 @@ class PilTrainSet(torch.utils.data.Dataset[DecodedBatch]):
     _announced: int = 0
 
     def __getitem__(self, number: int) -> DecodedBatch:
-        if self.reader.is_cached:
-            upcoming = range(max(self._announced, number + 1), number + AHEAD_BATCHES + 1)
+        if self.reader.ahead:
+            upcoming = range(max(self._announced, number), number + self.reader.ahead + 1)
             self._announced = upcoming.stop
             for later in upcoming:
                 self.reader.announce(self.planner.plan(later).ids)

@@ -146,9 +146,9 @@ class ShardReader:
         return shard, int(sample_id - firsts[shard])
 
     @property
-    def is_cached(self) -> bool:
-        """Whether samples come through a cache, which wants to know ahead what is needed."""
-        return self._cache is not None
+    def ahead(self) -> int:
+        """Batches that a cache wants to know of ahead; 0 where samples are read directly."""
+        return self._cache.window.ahead if self._cache is not None else 0
 
     def shard_name(self, sample_id: int) -> str:
         return self._names[self.locate(sample_id)[0]]
@@ -171,9 +171,12 @@ class ShardReader:
     def announce(self, sample_ids: np.ndarray) -> None:
         """Have samples, and their next neighbours, fetched or read ahead soon."""
         if self._cache is not None:
+            numbers: dict[int, list[int]] = {}
             for sample_id in sample_ids.tolist():
                 shard, number = self.locate(sample_id)
-                self._cache.announce(self, shard, number)
+                numbers.setdefault(shard, []).append(number)
+            for shard in numbers:
+                self._cache.announce(self, shard, numbers[shard])
             return
         for sample_id in sample_ids.tolist():
             shard, number = self.locate(sample_id)
@@ -298,6 +301,10 @@ class ShardReader:
         start = min(at for at, _, _ in index.members(first, lines).values())
         stop = max(at + size for at, size, _ in index.members(last, lines).values())
         return start, stop
+
+    def is_checked(self, shard: int) -> bool:
+        """Whether a shard has checksums."""
+        return self._index(shard).checksums is not None
 
     def is_sound(self, shard: int, first: int, count: int, start: int, content: bytes) -> bool:
         """Whether samples in ``content``, which begins at byte ``start``, have their checksums."""
