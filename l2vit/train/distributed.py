@@ -7,7 +7,7 @@ import datetime
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,12 @@ from l2vit.errors import ConfigError, UserError
 from l2vit.train import rendezvous
 
 _DEFAULT_PORT = "29533"
+
+
+def wait_for_ranks(wait: Callable[[], Any]) -> None:
+    """Call ``wait``, which ends when other ranks have done their part; the watchdog looks for this
+    function among those under way."""
+    wait()
 
 
 class PendingSum:
@@ -51,10 +57,10 @@ class PendingSum:
     def read(self) -> list[float]:
         """The sums, then this rank's own values; waits until they are there."""
         if self._copied is not None:
-            self._copied.synchronize()
+            wait_for_ranks(self._copied.synchronize)
         else:
             if self._work is not None:
-                self._work.wait()
+                wait_for_ranks(self._work.wait)
                 self._work = None
             self._values[: len(self._summed)] = self._summed
         return self._values.tolist()

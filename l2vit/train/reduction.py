@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l2vit.train.distributed import wait_for_ranks
 from l2vit.train.zero_foreach import Gradients, Place
 
 BUCKET = 25_000_000
@@ -107,7 +108,7 @@ class Reduction:
         for bucket in self._buckets[self._begun :]:
             self._begin(bucket)
         for bucket in self._buckets:
-            bucket.work.wait()
+            wait_for_ranks(bucket.work.wait)
         self._expect()
 
     def _expect(self) -> None:

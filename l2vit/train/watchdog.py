@@ -22,9 +22,10 @@ import torch.distributed as dist
 
 from l2vit import cli
 from l2vit.train import rendezvous
-from l2vit.train.distributed import World
+from l2vit.train.distributed import World, wait_for_ranks
 from l2vit.train.throughput import PhaseClock, Place
 
+_WAITING = wait_for_ranks.__code__
 EXIT_STATUS = 1
 _ANSWER = datetime.timedelta(seconds=5)
 _UNANSWERED = 20.0
@@ -44,12 +45,14 @@ def culprits(places: Sequence[Place | None]) -> list[int]:
 
 
 def in_collective() -> bool:
-    """Whether some thread of this process stands in a call of torch.distributed."""
+    """Whether some thread of this process waits for other ranks: in a call of torch.distributed, or
+    for what one has begun."""
     own = threading.get_ident()
     for thread, frame in sys._current_frames().items():
         at: FrameType | None = frame
         while at is not None and thread != own:
-            if at.f_code.co_filename == dist.distributed_c10d.__file__:
+            called = at.f_code
+            if called.co_filename == dist.distributed_c10d.__file__ or called is _WAITING:
                 return True
             at = at.f_back
     return False
