@@ -97,6 +97,8 @@ class RemoteSource:
                 if until is None or not data:  # the file ends here
                     break
                 heard, pause = time.monotonic(), 0.5
+            except ConfigError:  # no package for this scheme
+                raise
             except FileNotFoundError:
                 raise FileNotFoundError(errno.ENOENT, "No such file", url) from None
             except PermissionError as error:

@@ -278,6 +278,12 @@ def test_an_address_needs_a_cache(server):
         load(server.address)
 
 
+def test_a_scheme_whose_package_is_missing_names_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"cannot read gs://bucket/train: .*install gcsfs"):
+        load("gs://bucket/train", tmp_path)
+
+
 # -- the cache itself
 
 
