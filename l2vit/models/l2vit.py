@@ -173,8 +173,37 @@ class LocalConcentration(nn.Module):
         self.conv2 = DepthwiseConv(dim, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._fuses(x):
+            return self._fused(x)
         x = self.norm(F.gelu(self.conv1(to_nchw(x))))
         return to_nhwc(self.conv2(x))
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the kernels run that take norm and GELU along with the convolutions."""
+        return (
+            unobserved(self.conv1, DepthwiseConv)
+            and unobserved(self.norm, BatchNorm2d)
+            and unobserved(self.conv2, DepthwiseConv)
+            and self.conv1.bias is not None
+            and self.conv2.bias is not None
+            and self.norm.training
+            and self.norm.track_running_stats
+            and ops.fuses_local_concentration(x, self.conv1.weight)
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        update, momentum = norm.count_batch()
+        running = (norm.running_mean, norm.running_var) if update else (None, None)
+        return ops.local_concentration(
+            x,
+            (self.conv1.weight, self.conv1.bias),
+            (norm.weight, norm.bias),
+            (self.conv2.weight, self.conv2.bias),
+            running,
+            momentum,
+            norm.eps,
+        )
 
 
 class Block(nn.Module):

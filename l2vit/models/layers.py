@@ -166,12 +166,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         half = input.dtype in LOW_PRECISION or self.weight.dtype in LOW_PRECISION
         use_batch = self.training or not self.track_running_stats
-        update = self.training and self.track_running_stats and not recomputing()
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if update and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+        update, momentum = self.count_batch()
         # The kernels take a half-precision input beside fp32 statistics and weights as it is.
         return F.batch_norm(
             input,
@@ -182,6 +177,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             momentum,
             self.eps,
         )
+
+    def count_batch(self) -> tuple[bool, float]:
+        """Whether a pass counts in the running statistics, and the weight of its batch there."""
+        update = self.training and self.track_running_stats and not recomputing()
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return update, momentum
 
     def _statistics(self, own: bool) -> tuple[Tensor | None, Tensor | None]:
         """The running mean and variance; copies when they must stay as they are.

@@ -38,7 +38,7 @@ def _depthwise(direction: str) -> Callable[[dict[str, Any]], KernelCost]:
             "depthwise convolutions",
             "vector",
             2.0 * products * size * size * outputs,
-            DEPTHWISE[direction][size] * outputs,
+            (DEPTHWISE[direction][size] + NORMED[direction] * given["NORMED"]) * outputs,
         )
 
     return cost
@@ -69,10 +69,22 @@ def _window_attention(products: int) -> Callable[[dict[str, Any]], KernelCost]:
     return cost
 
 
+def _gelu(direction: str) -> Callable[[dict[str, Any]], KernelCost]:
+    def cost(given: dict[str, Any]) -> KernelCost:
+        instructions = GELU[direction] * given["x"].numel()
+        return KernelCost("batch norm", "vector", instructions=instructions)
+
+    return cost
+
+
 def _norm_gradient(given: dict[str, Any]) -> KernelCost:
     return KernelCost("layer norm", "vector", instructions=LAYER_NORM * given["x"].numel())
 
 
+GELU = {"forward": 39.0, "gradient": 45.0}
+"""Thread-instructions an element of GELU with a batch's statistics, and of both gradients."""
+NORMED = {"forward": 8.5, "gradients": 6.0}
+"""What normalising the input, and the gradients of the norm, add to a 7×7 convolution's."""
 LAYER_NORM = 26.0
 """Thread-instructions an element of its gradient beside a residual, likewise."""
 _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
@@ -88,6 +100,9 @@ _COSTS: dict[str, Callable[[dict[str, Any]], KernelCost]] = {
     "window_gradient_in_blocks_kernel": _window_attention(7),
     "layer_norm_gradient_kernel": _norm_gradient,
     "add_parts_kernel": lambda given: KernelCost("sums"),
+    "gelu_kernel": _gelu("forward"),
+    "statistics_kernel": lambda given: KernelCost("batch norm"),
+    "gelu_norm_gradient_kernel": _gelu("gradient"),
 }
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from l2vit import cli, files
 from l2vit.errors import ConfigError, UserError
@@ -43,7 +44,7 @@ _DEVICES = {"columns": ("cpu",), "triton": ("cuda",), "compiled": ("cuda",)}
 """Kinds of device that a form is for; the reference is for all."""
 _COMPILED = ("linear_attention", "window_attention")
 """Operations whose reference is more than one operator, so that a compiler may gain."""
-_EAGER = ("layer_norm",)
+_EAGER = ("layer_norm", "local_concentration")
 """Operations that take none of our kernels where the network is compiled as a whole."""
 _KERNELS = {"depthwise_conv": "depthwise"}
 _CLAMP, _EPS = 100.0, 1e-5
@@ -371,6 +372,11 @@ def _inputs(call: Call, device: torch.device, images: int) -> list[Any]:
         return [x, draw(x.shape[-1]), draw(x.shape[-1]), _EPS]
     if call.op == "window_attention":
         return [x, *call.options]
+    if call.op == "local_concentration":
+        (size,), channels = call.options, x.shape[-1]
+        convs = [(draw(channels, 1, size, size), draw(channels)) for _ in range(2)]
+        norm = draw(channels), draw(channels)
+        return [x, convs[0], norm, convs[1], (None, None), 0.1, _EPS]
     heads, scaled = call.options
     return [x, draw(heads, 1, 1) if scaled else None, heads, _CLAMP]
 
@@ -378,7 +384,7 @@ def _inputs(call: Call, device: torch.device, images: int) -> list[Any]:
 def _pass(call: Call, name: str, arguments: list[Any]) -> Callable[[], list[Tensor]]:
     """A function that gives the outputs of a form and the gradients of its arguments."""
     compute = ops.compiled_form(call.op) if name == "compiled" else ops.FORMS[call.op][name]
-    leaves = [a for a in arguments if isinstance(a, Tensor)]
+    leaves = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
 
     def step() -> list[Tensor]:
         found = compute(*arguments)
@@ -399,7 +405,7 @@ def _require_agreement(call: Call, name: str, device: torch.device) -> None:
     arguments = _inputs(call, device, min(_CHECKED_IMAGES, call.shape[0]))
     if name == "triton" and not gpu.may_run(_KERNELS.get(call.op, call.op), arguments[0]):
         raise RuntimeError("the kernel does not run on this device")
-    wide = [a.detach().float().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    wide = tree_map_only(Tensor, lambda a: a.detach().float().requires_grad_(), arguments)
     expected = _pass(call, REFERENCE, wide)()
     gpu.require_close(_pass(call, name, arguments)(), expected, getattr(torch, call.dtype))
 

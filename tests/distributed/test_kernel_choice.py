@@ -141,6 +141,8 @@ def test_the_real_clock_times_every_form(alone):
     call = choice.Call("depthwise_conv", (2, 8, 9, 9), "float32", (7, 1))
     for name in kernels.candidates(call, torch.device("cpu"), whole_compiled=False):
         assert kernels.milliseconds(call, name, torch.device("cpu")) > 0
+    whole = choice.Call("local_concentration", (2, 5, 5, 8), "float32", (3,))
+    assert kernels.milliseconds(whole, "reference", torch.device("cpu")) > 0
     linear = choice.Call("linear_attention", (2, 40, 96), "float32", (1, 1))
     gpu = SimpleNamespace(type="cuda")
     wanted = ["reference", "triton", "compiled"]

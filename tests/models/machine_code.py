@@ -18,6 +18,8 @@ class MachineCode:
     """Bytes of local memory a thread."""
     loops: list[int]
     """Instructions of each loop, an outer one with its inner ones once; inner ones first."""
+    instructions: int
+    """Of the whole kernel."""
 
 
 def machine_code(built: Any, directory: Path) -> MachineCode:
@@ -35,7 +37,8 @@ def machine_code(built: Any, directory: Path) -> MachineCode:
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
         if jump and int(jump[1], 16) < place:
             loops.append(sum(int(jump[1], 16) <= other <= place for other in places))
-    return MachineCode(registers, stack + local, loops)
+    whole = sum("NOP" not in instruction for _, instruction in lines)
+    return MachineCode(registers, stack + local, loops, whole)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

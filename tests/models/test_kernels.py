@@ -19,7 +19,7 @@ from l2vit.plan import kernel_costs
 triton = pytest.importorskip("triton")
 
 
-INTERPRETED = ["kernels", "layer_norm", "window_attention"]
+INTERPRETED = ["kernels", "layer_norm", "local_concentration", "window_attention"]
 
 
 @pytest.mark.parametrize("name", [f"interpreted_{part}.py" for part in INTERPRETED])
@@ -37,7 +37,7 @@ def test_interpreted(name):
 
 ATTENTION = {"D": 32, "BLOCK": 32}
 WINDOW_BLOCK = {"BLOCK": 64, "PRECISION": "tf32"}
-SLIDE = {"K": 7, "CHANNELS": 96, "BLOCK_C": 32}
+SLIDE = {"K": 7, "CHANNELS": 96, "BLOCK_C": 32, "NORMED": False}
 NORM = {"HAS_RESIDUAL": True}
 DIVISIBLE = [["tt.divisibility", 16]]  # as Triton finds pointers and multiples of 16
 CASES = [
@@ -52,12 +52,20 @@ CASES = [
     ("depthwise", "forward_kernel", SLIDE | {"COLUMNS": 7, "HAS_BIAS": True}),
     ("depthwise", "gradients_kernel", SLIDE | {"K": 3, "COLUMNS": 7, "BLOCK_C": 64}),
     ("layer_norm", "layer_norm_gradient_kernel", NORM | {"BLOCK_M": 16, "BLOCK_C": 128}),
+    ("local_concentration", "gelu_kernel", {"BLOCK_M": 32, "BLOCK_C": 64}),
+    (
+        "local_concentration",
+        "statistics_kernel",
+        {"UPDATE": True, "PARTS": 64, "BLOCK_C": 32},
+    ),
+    ("local_concentration", "gelu_norm_gradient_kernel", {"BLOCK_M": 32, "BLOCK_C": 64}),
     ("sums", "add_parts_kernel", {"TAPS": 49, "PARTS": 64, "BLOCK": 32}),
 ]
 POINTERS = ("qkv", "x", "out", "grad", "grad_qkv", "weight", "bias")
 POINTERS += ("residual", "grad_x", "summed")
 SUMS = ("mean", "rstd", "taps", "lse", "context", "total", "scale", "part")
-SUMS += ("grad_context", "grad_total", "grad_scale")
+SUMS += ("grad_context", "grad_total", "grad_scale", "norm", "sums", "running_mean", "running_var")
+FLOATS = ("clamp", "factor", "momentum", "eps")
 
 
 def build(module, name, constants, kind, architecture, options=None):
@@ -73,7 +81,7 @@ def build(module, name, constants, kind, architecture, options=None):
         block = {"BLOCK": 32, "PRECISION": "ieee"} if kind == "fp32" else WINDOW_BLOCK
         constants = {"D": 32} | block | constants
     kernel = getattr(loaded, name)
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"clamp": "fp32", "factor": "fp32"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(FLOATS, "fp32")
     signature |= dict.fromkeys(POINTERS, f"*{kind}") | dict.fromkeys(SUMS, "*fp32")
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {argument: signature[argument] for argument in kernel.arg_names}
@@ -90,6 +98,7 @@ def build(module, name, constants, kind, architecture, options=None):
         options = {"num_stages": 1}
     elif module == "depthwise":
         options = {"num_stages": 1, "num_warps": 1}
+        options |= {"maxnreg": loaded._REGISTERS} if name == "forward_kernel" else {}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -108,12 +117,12 @@ def test_compiles_without_a_gpu(module, name, constants, kind, architecture, tmp
     assert machine_code(built, tmp_path).spilled <= (8 if on_the_stack else 0)
 
 
-@pytest.mark.parametrize("size", [3, 5, 7])
-def test_instructions_of_depthwise_convolutions(size, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("size", "normed"), [(3, False), (5, False), (7, False), (7, True)])
+def test_instructions_of_depthwise_convolutions(size, normed, tmp_path, monkeypatch):
     """Thread-instructions an output on an H100 in bf16: what the ledger's times stand on."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     block = 64 if size == 3 else 32
-    slide = {"K": size, "CHANNELS": 128, "BLOCK_C": block}
+    slide = {"K": size, "CHANNELS": 128, "BLOCK_C": block, "NORMED": normed}
     for direction, columns in (("forward", 7), ("gradients", 7 if size == 3 else 4)):
         constants = slide | {"COLUMNS": columns}
         constants |= {"HAS_BIAS": True} if direction == "forward" else {}
@@ -121,8 +130,21 @@ def test_instructions_of_depthwise_convolutions(size, tmp_path, monkeypatch):
         found = machine_code(built, tmp_path)
         each = found.loops[0] / (columns * block / 32)  # one pass over a row of each channel
         assert found.spilled == 0 and found.registers <= 255
-        assert each == pytest.approx(kernel_costs.DEPTHWISE[direction][size], rel=0.15)
+        stated = kernel_costs.DEPTHWISE[direction][size]
+        stated += kernel_costs.NORMED[direction] * normed
+        assert each == pytest.approx(stated, rel=0.15)
         assert direction != "forward" or each <= 100
+
+
+def test_instructions_of_gelu_beside_a_norm(tmp_path, monkeypatch):
+    """An element, on an H100 in bf16."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, direction in (("gelu_kernel", "forward"), ("gelu_norm_gradient_kernel", "gradient")):
+        built = build("local_concentration", name, {"BLOCK_M": 32, "BLOCK_C": 64}, "bf16", 90)
+        found = machine_code(built, tmp_path)
+        assert found.spilled == 0 and found.registers <= 80
+        each = (found.loops[0] if found.loops else found.instructions) / 16  # 32·64 of 128 threads
+        assert each == pytest.approx(kernel_costs.GELU[direction], rel=0.15)
 
 
 @pytest.mark.parametrize(("block", "rows"), [(128, 16), (256, 8), (512, 4), (1024, 2)])

@@ -187,7 +187,7 @@ def test_drop_path_and_loss_are_counted():
     assert names(found)["_log_softmax"] == names(found)["_log_softmax_backward_data"] == 1
 
 
-LAUNCHES, GIGABYTES, COPIES = 1500, 121.0, 0.5
+LAUNCHES, GIGABYTES, COPIES = 1500, 116.5, 0.5
 """Budgets of l2vit_base's step at batch 128; the goal for gigabytes is 105."""
 ENGINE_LAUNCHES, ENGINE_GIGABYTES = 39, 4.0  # of the 88.6 M weights, see docs/performance.md
 

@@ -25,11 +25,13 @@ __all__ = [
     "Order",
     "add_scaled",
     "depthwise_conv",
+    "fuses_local_concentration",
     "fuses_residual_conv",
     "fuses_residual_norm",
     "join_heads",
     "linear_attention",
     "linear_attention_denominators",
+    "local_concentration",
     "per_image_conv",
     "residual_depthwise_conv",
     "residual_layer_norm",
@@ -133,6 +135,48 @@ def residual_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 def fuses_residual_conv(x: Tensor) -> bool:
     """Whether :func:`residual_depthwise_conv` may be faster than its two steps by themselves."""
     return gpu.may_run("depthwise", x)
+
+
+def fuses_local_concentration(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`local_concentration` runs instead of its steps, by the rules or the table.
+
+    Args:
+        x: (B, H, W, C).
+        weight: of the first convolution, (C, 1, k, k).
+    """
+    size = weight.shape[3]
+    runs = (
+        gpu.may_run("local_concentration", x)
+        and not compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and size in _TRITON_KERNEL_SIZES
+        and x.dtype == weight.dtype
+        and x.shape[0] * x.shape[1] * x.shape[2] > 1
+    )
+    return runs and choice.settled("local_concentration", x, (size,)) in (None, "triton")
+
+
+def local_concentration(
+    x: Tensor,
+    conv1: tuple[Tensor, Tensor | None],
+    norm: tuple[Tensor, Tensor],
+    conv2: tuple[Tensor, Tensor | None],
+    running: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Depthwise conv, GELU, BatchNorm by the batch's statistics, depthwise conv, by our kernels.
+
+    Args:
+        x: (B, H, W, C).
+        conv1, norm, conv2: weight and bias of each.
+        running: mean and variance in fp32, which are updated; None: this pass does not count.
+    """
+    from l2vit.models.ops import triton_local_concentration
+
+    return triton_local_concentration.local_concentration(
+        x, *conv1, *norm, *running, momentum, eps, *conv2
+    )
 
 
 def _depthwise_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Compute:
@@ -274,6 +318,22 @@ def _norm_by_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
     return triton_layer_norm.residual_layer_norm(x, weight, bias, eps)
 
 
+def _concentration_by_steps(
+    x: Tensor,
+    conv1: tuple[Tensor, Tensor | None],
+    norm: tuple[Tensor, Tensor],
+    conv2: tuple[Tensor, Tensor | None],
+    running: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Each convolution by its own fastest form."""
+    x = F.gelu(depthwise_conv(x.permute(0, 3, 1, 2), *conv1))
+    weight, bias = (tensor.float() for tensor in norm)
+    x = F.batch_norm(x, *running, weight, bias, True, momentum, eps)
+    return depthwise_conv(x, *conv2).permute(0, 2, 3, 1)
+
+
 Compute = Callable[..., Any]
 FORMS: dict[str, dict[str, Compute]] = {
     "linear_attention": {"reference": _linear_by_formula, "triton": _linear_by_triton},
@@ -283,6 +343,7 @@ FORMS: dict[str, dict[str, Compute]] = {
         "triton": functools.partial(_in_one_precision, _depthwise_by_triton),
     },
     "layer_norm": {"reference": reference.residual_layer_norm, "triton": _norm_by_triton},
+    "local_concentration": {"reference": _concentration_by_steps, "triton": local_concentration},
     "window_attention": {"reference": _attend_in_windows, "triton": _windows_by_triton},
 }
 """Each operation's forms by name; "compiled", the reference through the compiler, besides."""

@@ -71,6 +71,8 @@ def _check(kernel: str) -> Check:
         from l2vit.models.ops.triton_linear_attention import check
     elif kernel == "window_attention":
         from l2vit.models.ops.triton_window_attention import check
+    elif kernel == "local_concentration":
+        from l2vit.models.ops.triton_local_concentration import check
     elif kernel == "layer_norm":
         from l2vit.models.ops.triton_layer_norm import check
     else:

@@ -26,6 +26,7 @@ from l2vit.models.ops.triton_sums import added_parts
 SIZES = (3, 5, 7)
 _COLUMNS = 7  # of a forward program; divides 56, 28, 14 and 7
 _GRADIENT_COLUMNS = {3: 7, 5: 4, 7: 4}  # with 7 and a kernel of 5 or 7 some registers are spilled
+_REGISTERS = 184  # of a forward program, or the compiler spills some to stay below 168
 _ROWS = 56  # that a forward program slides over at most
 _PROGRAMS = {3: 2048, 5: 1024, 7: 1024}  # of a warp each: about as many as fit on an H100
 
@@ -36,18 +37,23 @@ def _row(
     column: tl.tensor,
     width: tl.tensor,
     valid: tl.tensor,
+    affine: tl.tuple,
+    NORMED: tl.constexpr,
     CHANNELS: tl.constexpr,
     HALO: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tuple:
-    """A row's columns from ``column - HALO`` to ``column + COLUMNS + HALO``, zero outside."""
+    """A row's columns from ``column - HALO`` to ``column + COLUMNS + HALO``, zero outside; with
+    ``NORMED`` times and plus the two of ``affine``."""
     values: tl.tuple = ()
     for k in tl.static_range(COLUMNS + 2 * HALO):
         exists = valid & (column + (k - HALO) < width)
         if k < HALO:
             exists = exists & (column + (k - HALO) >= 0)
-        value = tl.load(at + (k - HALO) * CHANNELS, mask=exists, other=0.0)
-        values += (value.to(tl.float32),)
+        value = tl.load(at + (k - HALO) * CHANNELS, mask=exists, other=0.0).to(tl.float32)
+        if NORMED:
+            value = tl.where(exists, value * affine[0] + affine[1], 0.0)
+        values += (value,)
     return values
 
 
@@ -59,12 +65,33 @@ def _store_row(
     width: tl.tensor,
     valid: tl.tensor,
     CHANNELS: tl.constexpr,
-    FIRST: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     for c in tl.static_range(COLUMNS):
-        value = values[FIRST + c].to(at.dtype.element_ty)
+        value = values[c].to(at.dtype.element_ty)
         tl.store(at + c * CHANNELS, value, mask=valid & (column + c < width))
+
+
+@triton.jit
+def _norms(
+    sums: tl.tuple,
+    at: tl.tensor,
+    values: tl.tuple,
+    mean: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
+    valid: tl.tensor,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tuple:
+    """``sums`` with those of a row: of the gradient, and of it times the centred input ``at``."""
+    total, along = sums
+    for c in tl.static_range(COLUMNS):
+        exists = valid & (column + c < width)
+        value = tl.where(exists, values[c], 0.0)
+        total += value
+        along += value * (tl.load(at + c * CHANNELS, mask=exists, other=0.0).to(tl.float32) - mean)
+    return total, along
 
 
 @triton.jit
@@ -80,6 +107,23 @@ def _correlate(
                 value += row[c + j] * taps[(K - 1 - m) * K + j]
             added += (value,)
     return added
+
+
+@triton.jit
+def _vectors(at: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, STEP: tl.constexpr) -> tl.tuple:
+    """COUNT vectors of channels, STEP apart."""
+    values: tl.tuple = ()
+    for place in tl.static_range(COUNT):
+        values += (tl.load(at + place * STEP, mask=inside, other=0.0),)
+    return values
+
+
+@triton.jit
+def _store_vectors(
+    at: tl.tensor, values: tl.tuple, inside: tl.tensor, COUNT: tl.constexpr, STEP: tl.constexpr
+) -> None:
+    for place in tl.static_range(COUNT):
+        tl.store(at + place * STEP, values[place], mask=inside)
 
 
 @triton.jit
@@ -114,6 +158,7 @@ def forward_kernel(
     x: tl.tensor,
     taps: tl.tensor,
     bias: tl.tensor,
+    norm: tl.tensor,
     out: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
@@ -122,6 +167,7 @@ def forward_kernel(
     rows: tl.tensor,
     CHANNELS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -133,10 +179,11 @@ def forward_kernel(
     R: tl.constexpr = K // 2
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < CHANNELS
-    tap: tl.tuple = ()
-    for place in tl.static_range(K * K):
-        tap += (tl.load(taps + place * CHANNELS + channel, mask=inside, other=0.0),)
+    tap = _vectors(taps + channel, inside, K * K, CHANNELS)
     start = tl.zeros((BLOCK_C,), tl.float32)
+    affine = (start, start)
+    if NORMED:
+        affine = _vectors(norm + 2 * CHANNELS + channel, inside, 2, CHANNELS)
     if HAS_BIAS:
         start += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     item = tl.program_id(0)
@@ -149,16 +196,16 @@ def forward_kernel(
     at = image + begin * step + column * CHANNELS + channel
     sums = _repeated(start, K * COLUMNS)
     for row in range(begin, end):
-        values = _row(x + at, column, width, inside, CHANNELS, R, COLUMNS)
+        values = _row(x + at, column, width, inside, affine, NORMED, CHANNELS, R, COLUMNS)
         sums = _correlate(sums, values, tap, K, COLUMNS)
         complete = inside & (row - R >= first)
-        _store_row(out + at - R * step, sums, column, width, complete, CHANNELS, 0, COLUMNS)
+        _store_row(out + at - R * step, sums, column, width, complete, CHANNELS, COLUMNS)
         sums = sums[COLUMNS:] + _repeated(start, COLUMNS)
         at += step
     for m in tl.static_range(R):  # the map's last rows, below which there is nothing
         exists = inside & (end - R + m >= first) & (end - R + m < last)
-        under = out + at + (m - R) * step
-        _store_row(under, sums, column, width, exists, CHANNELS, m * COLUMNS, COLUMNS)
+        _store_row(out + at + (m - R) * step, sums, column, width, exists, CHANNELS, COLUMNS)
+        sums = sums[COLUMNS:]
 
 
 @triton.jit
@@ -166,6 +213,7 @@ def gradients_kernel(
     x: tl.tensor,
     grad: tl.tensor,
     taps: tl.tensor,
+    norm: tl.tensor,
     grad_x: tl.tensor,
     part: tl.tensor,
     items: tl.tensor,
@@ -174,26 +222,29 @@ def gradients_kernel(
     across: tl.tensor,
     chunk: tl.tensor,
     CHANNELS: tl.constexpr,
+    NORMED: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
     """All gradients of ``chunk`` items, each COLUMNS columns of an image.
 
-    Grid (chunks, channel blocks); ``part`` is (chunks, (K·K + 1)·C), the bias last. ``sums`` are
-    those of the input gradient's rows row − K/2 ... row + K/2, ``window`` the same rows of the
-    input: row ``row`` of the incoming gradient meets them all.
+    Grid (chunks, channel blocks); ``part`` is (chunks, (K·K + 1)·C), the bias last, and with
+    ``NORMED`` the gradients of the norm's weight and bias behind. ``sums`` are those of the input
+    gradient's rows row − K/2 ... row + K/2, ``window`` the same rows of the input: row ``row`` of
+    the incoming gradient meets them all.
     """
     R: tl.constexpr = K // 2
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < CHANNELS
     none = tl.zeros((BLOCK_C,), tl.float32)
-    turned: tl.tuple = ()
-    for place in tl.static_range(K * K):
-        at_tap = taps + (K * K - 1 - place) * CHANNELS + channel
-        turned += (tl.load(at_tap, mask=inside, other=0.0),)
+    turned = _vectors(taps + (K * K - 1) * CHANNELS + channel, inside, K * K, -CHANNELS)
     grad_taps = _repeated(none, K * K)
     grad_bias = none
+    mean, rstd, affine, norms = none, none, (none, none), (none, none)
+    if NORMED:
+        mean, rstd = _vectors(norm + channel, inside, 2, CHANNELS)
+        affine = _vectors(norm + 2 * CHANNELS + channel, inside, 2, CHANNELS)
     step = width * CHANNELS
     start = tl.program_id(0) * chunk
     for item in range(start, tl.minimum(start + chunk, items)):
@@ -203,28 +254,36 @@ def gradients_kernel(
         window = _repeated(none, (R + 1) * COLUMNS)
         for ahead in tl.static_range(R):
             exists = inside & (ahead < height)
-            window += _row(x + at + ahead * step, column, width, exists, CHANNELS, 0, COLUMNS)
+            under = x + at + ahead * step
+            window += _row(under, column, width, exists, affine, NORMED, CHANNELS, 0, COLUMNS)
         for row in range(height):
-            upstream = _row(grad + at, column, width, inside, CHANNELS, R, COLUMNS)
+            upstream = _row(grad + at, column, width, inside, affine, False, CHANNELS, R, COLUMNS)
             sums = _correlate(sums, upstream, turned, K, COLUMNS)
-            above = grad_x + at - R * step
-            _store_row(above, sums, column, width, inside & (row >= R), CHANNELS, 0, COLUMNS)
+            done, above = inside & (row >= R), at - R * step
+            _store_row(grad_x + above, sums, column, width, done, CHANNELS, COLUMNS)
+            if NORMED:
+                norms = _norms(norms, x + above, sums, mean, column, width, done, CHANNELS, COLUMNS)
             sums = sums[COLUMNS:] + _repeated(none, COLUMNS)
-            exists = inside & (row + R < height)
-            fresh = _row(x + at + R * step, column, width, exists, CHANNELS, 0, COLUMNS)
+            exists, under = inside & (row + R < height), x + at + R * step
+            fresh = _row(under, column, width, exists, affine, NORMED, CHANNELS, 0, COLUMNS)
             window = window[COLUMNS:] + fresh
             grad_taps = _products(grad_taps, window, upstream, K, COLUMNS)
             for c in tl.static_range(COLUMNS):
                 grad_bias += upstream[R + c]
             at += step
         for m in tl.static_range(R):  # the map's last rows, below which there is nothing
-            exists = inside & (height - R + m >= 0)
-            under = grad_x + at + (m - R) * step
-            _store_row(under, sums, column, width, exists, CHANNELS, m * COLUMNS, COLUMNS)
-    into = part + tl.program_id(0).to(tl.int64) * ((K * K + 1) * CHANNELS) + channel
-    for place in tl.static_range(K * K):
-        tl.store(into + place * CHANNELS, grad_taps[place], mask=inside)
-    tl.store(into + K * K * CHANNELS, grad_bias, mask=inside)
+            done, above = inside & (height - R + m >= 0), at + (m - R) * step
+            _store_row(grad_x + above, sums, column, width, done, CHANNELS, COLUMNS)
+            if NORMED:
+                norms = _norms(norms, x + above, sums, mean, column, width, done, CHANNELS, COLUMNS)
+            sums = sums[COLUMNS:]
+    rows_of_part: tl.constexpr = K * K + 1 + 2 * NORMED
+    into = part + tl.program_id(0).to(tl.int64) * (rows_of_part * CHANNELS) + channel
+    grad_taps += (grad_bias,)
+    _store_vectors(into, grad_taps, inside, K * K + 1, CHANNELS)
+    if NORMED:
+        into += (K * K + 1) * CHANNELS
+        _store_vectors(into, (norms[1] * rstd, norms[0]), inside, 2, CHANNELS)
 
 
 @triton.jit
@@ -264,12 +323,18 @@ def _taps(weight: Tensor, *, residual: bool) -> Tensor:
 
 @torch.library.custom_op("l2vit::depthwise", mutates_args=())
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: bool = False,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Correlate (B, H, W, C) with (C, 1, K, K), K of ``SIZES``, zero padding.
 
     Args:
         residual: add ``x``.
+        norm: (4, C) in fp32, mean, 1/deviation, scale and shift: correlate ``x·scale + shift``.
+            This has no gradient here: see ``triton_local_concentration``.
 
     Returns:
         The result, contiguous; and the taps, (K·K, C) in fp32, which the gradients need.
@@ -284,6 +349,7 @@ def depthwise(
             x,
             taps,
             x if bias is None else bias.contiguous(),
+            taps if norm is None else norm,
             out,
             h,
             w,
@@ -292,18 +358,24 @@ def depthwise(
             triton.cdiv(h, down),
             CHANNELS=c,
             HAS_BIAS=bias is not None,
+            NORMED=norm is not None,
             K=size,
             COLUMNS=_COLUMNS,
             BLOCK_C=block,
             num_warps=1,
             num_stages=1,
+            maxnreg=_REGISTERS,
         )
     return out, taps
 
 
 @depthwise.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: bool = False,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     channels, _, size, _ = weight.shape
     taps = weight.new_empty(size * size, channels, dtype=torch.float32)
@@ -312,9 +384,11 @@ def _(
 
 @torch.library.custom_op("l2vit::depthwise_backward", mutates_args=())
 def depthwise_backward(
-    x: Tensor, taps: Tensor, grad: Tensor, dtype: torch.dtype
+    x: Tensor, taps: Tensor, grad: Tensor, dtype: torch.dtype, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the input; in ``dtype`` that of the kernel, (C, K, K), and of the bias behind."""
+    """Gradient of the input; in ``dtype`` that of the kernel, (C, K, K), and of the bias behind;
+    with ``norm`` the input's is that of ``x·scale + shift``, and the norm's weight and bias
+    follow."""
     x, grad = x.contiguous(), grad.contiguous()
     b, h, w, c = x.shape
     size = _size(taps)
@@ -323,12 +397,13 @@ def depthwise_backward(
     chunk = triton.cdiv(b * across, max(1, _PROGRAMS[size] // groups))
     chunks = triton.cdiv(b * across, chunk)
     grad_x = torch.empty_like(x)
-    part = x.new_empty(chunks, (size * size + 1) * c, dtype=torch.float32)
+    part = x.new_empty(chunks, _sums(taps, norm) * c, dtype=torch.float32)
     with torch.cuda.device_of(x):  # where Triton launches
         gradients_kernel[(chunks, groups)](
             x,
             grad,
             taps,
+            taps if norm is None else norm,
             grad_x,
             part,
             b * across,
@@ -337,19 +412,27 @@ def depthwise_backward(
             across,
             chunk,
             CHANNELS=c,
+            NORMED=norm is not None,
             K=size,
             COLUMNS=columns,
             BLOCK_C=block,
             num_warps=1,
             num_stages=1,
         )
-    return grad_x, added_parts(part, dtype, taps=size * size)
+    return grad_x, added_parts(part, dtype, c, taps=size * size)
 
 
 @depthwise_backward.register_fake
-def _(x: Tensor, taps: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    sums = x.new_empty((taps.shape[0] + 1) * x.shape[3], dtype=dtype)
+def _(
+    x: Tensor, taps: Tensor, grad: Tensor, dtype: torch.dtype, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty(_sums(taps, norm) * x.shape[3], dtype=dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format), sums
+
+
+def _sums(taps: Tensor, norm: Tensor | None) -> int:
+    """Of each channel: one a tap, the bias's, the norm's two."""
+    return taps.shape[0] + (1 if norm is None else 3)
 
 
 def _size(taps: Tensor) -> int:
@@ -357,7 +440,7 @@ def _size(taps: Tensor) -> int:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias = inputs[:3]
     ctx.save_for_backward(x, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else the taps get a gradient of zeros
@@ -365,14 +448,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     x, taps = ctx.saved_tensors
     own, other = ctx.dtypes
     dtype = own if other in (None, own) else torch.float32
     grad_x, sums = torch.ops.l2vit.depthwise_backward(x, taps, grad, dtype)
     weight, bias = sums.split([ctx.shape.numel(), x.shape[3]])
     bias = None if other is None else bias.to(other)
-    return grad_x, weight.view(ctx.shape).to(own), bias, None
+    return grad_x, weight.view(ctx.shape).to(own), bias, None, None
 
 
 depthwise.register_autograd(_backward, setup_context=_keep)

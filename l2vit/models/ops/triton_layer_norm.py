@@ -114,7 +114,7 @@ def layer_norm_backward(
             BLOCK_M=height,
             BLOCK_C=width,
         )
-    return grad_x, added_parts(part, weight.dtype)
+    return grad_x, added_parts(part, weight.dtype, channels)
 
 
 @layer_norm_backward.register_fake

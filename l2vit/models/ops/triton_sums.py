@@ -17,13 +17,14 @@ def add_parts_kernel(
     summed: tl.tensor,
     parts: tl.tensor,
     columns: tl.tensor,
+    channels: tl.tensor,
     TAPS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Sums of the columns of ``part`` (parts, columns), rounded. Grid (column blocks).
 
-    The columns are (TAPS, C), which are stored as (C, TAPS), and C more.
+    The columns are (TAPS, C), which are stored as (C, TAPS), and more that are stored as they are.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros((PARTS, BLOCK), tl.float32)
@@ -31,18 +32,17 @@ def add_parts_kernel(
         row = first + tl.arange(0, PARTS)
         valid = (row < parts)[:, None] & (column < columns)[None, :]
         sums += tl.load(part + row[:, None] * columns + column[None, :], mask=valid, other=0.0)
-    channels = columns // (TAPS + 1)
     turned = (column % channels) * TAPS + column // channels
     place = tl.where(column < TAPS * channels, turned, column)
     tl.store(summed + place, tl.sum(sums, 0).to(summed.dtype.element_ty), mask=column < columns)
 
 
-def added_parts(part: Tensor, dtype: torch.dtype, taps: int = 1) -> Tensor:
-    """Sums over (parts, taps·C + C) in ``dtype``: (C, taps) and behind it (C,), flat."""
+def added_parts(part: Tensor, dtype: torch.dtype, channels: int, taps: int = 1) -> Tensor:
+    """Sums over (parts, width) in ``dtype``; the first taps·C of them, (taps, C), as (C, taps)."""
     parts, width = part.shape
     summed = part.new_empty(width, dtype=dtype)
     with torch.cuda.device_of(part):  # where Triton launches
         add_parts_kernel[(triton.cdiv(width, _BLOCK),)](
-            part, summed, parts, width, TAPS=taps, PARTS=_PARTS, BLOCK=_BLOCK
+            part, summed, parts, width, channels, TAPS=taps, PARTS=_PARTS, BLOCK=_BLOCK
         )
     return summed
