@@ -26,7 +26,8 @@ from l2vit.models.ops.triton_sums import added_parts
 SIZES = (3, 5, 7)
 _COLUMNS = 7  # of a forward program; divides 56, 28, 14 and 7
 _GRADIENT_COLUMNS = {3: 7, 5: 4, 7: 4}  # with 7 and a kernel of 5 or 7 some registers are spilled
-_REGISTERS = 184  # of a forward program, or the compiler spills some to stay below 168
+_REGISTERS = 184  # of a program; the compiler would spill some to stay below 168
+_GRADIENT_REGISTERS = {3: 184, 5: 184, 7: 255}
 _ROWS = 56  # that a forward program slides over at most
 _PROGRAMS = {3: 2048, 5: 1024, 7: 1024}  # of a warp each: about as many as fit on an H100
 
@@ -418,6 +419,7 @@ def depthwise_backward(
             BLOCK_C=block,
             num_warps=1,
             num_stages=1,
+            maxnreg=_GRADIENT_REGISTERS[size],
         )
     return grad_x, added_parts(part, dtype, c, taps=size * size)
 
